@@ -1,0 +1,3 @@
+"""Lifelong latent memory for LLM agents: M+ (arXiv 2502.00592) as a backend."""
+
+from __future__ import annotations

@@ -1,0 +1,136 @@
+"""The step loop that decodes an answer over a filled cache, with transformers' own logits processors.
+
+`generate` of transformers is not used: it would crop and re-feed a prompt that partly lives in the memory's slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from transformers import (
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from mplus_agents.config import reject_unknown_keys
+from mplus_agents.errors import InvalidInputError
+from mplus_agents.model.cache import ReadCache
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from mplus_agents.memory import MemoryState
+    from mplus_agents.model.mplus import MPlusModel
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationOptions:
+    """How an answer is decoded.
+
+    Attributes:
+        max_new_tokens: Most tokens to decode.
+        do_sample: Draw from the distribution; otherwise take the likeliest token.
+        temperature: Divides the logits when sampling, above 0.
+        top_k: Sample among this many likeliest tokens; all if None.
+        top_p: Sample among the likeliest tokens that hold this probability together, above 0, at most 1.
+        repetition_penalty: Divides the logits of tokens that the prompt or the answer already holds; 1 does nothing.
+        seed: Seed of the sampling; a fresh one from the operating system if None.
+    """
+
+    max_new_tokens: int = 16
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.max_new_tokens, bool) or not isinstance(self.max_new_tokens, int) or self.max_new_tokens < 1:
+            raise InvalidInputError("max_new_tokens", self.max_new_tokens, "a whole number from 1")
+        if not self.temperature > 0:
+            raise InvalidInputError("temperature", self.temperature, "a number above 0 (do_sample=False for greedy)")
+        if self.top_k is not None and self.top_k < 1:
+            raise InvalidInputError("top_k", self.top_k, "a whole number from 1, or None")
+        if not 0 < self.top_p <= 1:
+            raise InvalidInputError("top_p", self.top_p, "above 0, at most 1")
+        if not self.repetition_penalty > 0:
+            raise InvalidInputError("repetition_penalty", self.repetition_penalty, "a number above 0")
+
+    @classmethod
+    def from_kwargs(cls, **options: Any) -> Self:
+        """Build options from keyword arguments.
+
+        Args:
+            **options: Field names and values.
+
+        Raises:
+            ConfigError: An option is not supported; the message names it.
+            InvalidInputError: A value is not allowed.
+        """
+        reject_unknown_keys(options, {field.name for field in fields(cls)}, "generation options")
+        return cls(**options)
+
+    def processors(self) -> LogitsProcessorList:
+        """Return transformers' processors for these options."""
+        chosen = LogitsProcessorList()
+        if self.repetition_penalty != 1.0:
+            chosen.append(RepetitionPenaltyLogitsProcessor(self.repetition_penalty))
+        if self.do_sample:
+            if self.temperature != 1.0:
+                chosen.append(TemperatureLogitsWarper(self.temperature))
+            if self.top_k is not None:
+                chosen.append(TopKLogitsWarper(self.top_k))
+            if self.top_p < 1.0:
+                chosen.append(TopPLogitsWarper(self.top_p))
+        return chosen
+
+
+@torch.no_grad()
+def decode(
+    model: MPlusModel,
+    input_ids: torch.Tensor,
+    memories: Sequence[MemoryState],
+    options: GenerationOptions,
+    query_mask: torch.Tensor | None = None,
+) -> Iterator[torch.Tensor]:
+    """Decode step by step; the memories are read once, with the prompt.
+
+    Args:
+        model: The model.
+        input_ids: [b, n] int64, the prompts.
+        memories: One memory per row.
+        options: How to decode.
+        query_mask: [b, n] bool, the prompt tokens that query Θ; all if None.
+
+    Yields:
+        [b] int64, the next token of every row; rows that have ended yield the end token. Stops when all have ended.
+    """
+    cache = ReadCache(model, memories, input_ids.shape[1], query_mask, options.max_new_tokens)
+    processors = options.processors()
+    generator = torch.Generator(device=input_ids.device)
+    generator.seed() if options.seed is None else generator.manual_seed(options.seed)
+    ends = torch.tensor(model.eos_token_ids, device=input_ids.device)
+    ended = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+    sequence, step_ids = input_ids, input_ids
+    for _ in range(options.max_new_tokens):
+        logits = model.forward_cached(step_ids, cache, logits_to_keep=1)[:, -1].float()
+        scores = processors(sequence, logits)
+        if options.do_sample:
+            chosen = torch.multinomial(scores.softmax(-1), 1, generator=generator)[:, 0]
+        else:
+            chosen = scores.argmax(-1)
+        if len(ends):
+            chosen = torch.where(ended, ends[0], chosen)
+            ended = ended | torch.isin(chosen, ends)
+        yield chosen
+        if ended.all():
+            return
+        step_ids = chosen[:, None]
+        sequence = torch.cat([sequence, step_ids], dim=1)

@@ -1,0 +1,226 @@
+"""The database: how connections are set up, how transactions begin, and what errors become.
+
+Knows no tables. SQLite only so far; other databases are refused by name.
+"""
+
+from __future__ import annotations
+
+import re
+import sqlite3
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import sqlalchemy as sa
+from sqlalchemy import event
+from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
+from sqlalchemy.pool import SingletonThreadPool, StaticPool
+
+from mplus_agents.errors import InvalidInputError, StoreError
+
+__all__ = ["Database"]
+
+_ALLOWED_TARGET = "an SQLAlchemy Engine, or a URL such as 'sqlite:///mplus.db' ('sqlite://' for one in memory)"
+
+# By prefix of SQLite's own name of the error, the most telling first.
+_SQLITE_REASONS = {
+    "SQLITE_BUSY": "the database is locked: another writer held it longer than the timeout",
+    "SQLITE_LOCKED": "the database is locked by another connection",
+    "SQLITE_FULL": "the disk, or the database at its size limit, is full",
+    "SQLITE_READONLY": "the database is read-only",
+    "SQLITE_CANTOPEN": "the database file cannot be opened (does its folder exist, and may this user write there?)",
+    "SQLITE_NOTADB": "the file is not an SQLite database",
+    "SQLITE_CORRUPT": "the database file is damaged",
+    "SQLITE_IOERR": "reading or writing the database file failed",
+    "SQLITE_PERM": "no permission to use the database file",
+    "SQLITE_TOOBIG": "a value is larger than SQLite stores in one row",
+    "SQLITE_CONSTRAINT": "a constraint of the schema does not hold",
+}
+
+
+class Database:
+    """Transactions on one database, from many threads.
+
+    Every connection it hands out has a write-ahead log, synchronous=FULL, foreign keys and a busy timeout. Reads begin
+    plainly; writes take the write lock at once, so that they cannot fail half way because of another writer.
+
+    Args:
+        target: A URL, or an Engine of the caller's, whose pool is then shared and never disposed here.
+        busy_timeout_s: How long to wait for another writer, in seconds.
+
+    Raises:
+        InvalidInputError: If the URL cannot be used, or the Engine or URL is none of SQLite's standard driver.
+    """
+
+    def __init__(self, target: str | sa.Engine, *, busy_timeout_s: float) -> None:
+        if not 0 <= busy_timeout_s <= 86_400:
+            raise InvalidInputError("busy_timeout_s", busy_timeout_s, "seconds from 0 to 86,400")
+        self._busy_timeout_s = busy_timeout_s
+        self._owns_engine = not isinstance(target, sa.Engine)
+        self._engine = target if isinstance(target, sa.Engine) else _create_engine(target, busy_timeout_s)
+        _check_driver(self._engine)
+        self.url = self._engine.url.render_as_string(hide_password=True)
+        # Options engines share the pool, but not their listeners: a caller's Engine keeps its own transactions.
+        self._reader = self._engine.execution_options()
+        self._writer = self._engine.execution_options()
+        for engine, statement in ((self._reader, "BEGIN"), (self._writer, "BEGIN IMMEDIATE")):
+            event.listen(engine, "engine_connect", self._set_up)
+            event.listen(engine, "begin", _Beginner(statement))
+        # Writers of this process queue here, without polling; those of other processes meet in SQLite.
+        self._write_lock = threading.Lock()
+        self._writing_thread: int | None = None
+        # A database in memory is one connection. Threads take turns, and reads inside a write use the write's.
+        self._turn = threading.RLock() if isinstance(self._engine.pool, StaticPool) else None
+        self._shared: sa.Connection | None = None
+        self._is_closed = False
+
+    @contextmanager
+    def read(self) -> Iterator[sa.Connection]:
+        """Open a read transaction: one consistent view of the database.
+
+        Yields:
+            The connection. In memory, inside this thread's write, it is that write's and sees its changes.
+
+        Raises:
+            StoreError: If the database fails.
+        """
+        with self._transaction(self._reader) as connection:
+            yield connection
+
+    @contextmanager
+    def write(self) -> Iterator[sa.Connection]:
+        """Open a write transaction; it holds the write lock from the start, commits at the end or rolls back.
+
+        Yields:
+            The connection.
+
+        Raises:
+            StoreError: If the database fails or stays locked, or this thread is writing already.
+        """
+        thread = threading.get_ident()
+        if self._writing_thread == thread:
+            raise StoreError(f"this thread already has a write transaction open on {self.url}")
+        if not self._write_lock.acquire(timeout=self._busy_timeout_s):
+            reason = _SQLITE_REASONS["SQLITE_BUSY"]
+            raise StoreError(f"{reason} of {self._busy_timeout_s:g} s ({self.url})")
+        self._writing_thread = thread
+        try:
+            with self._transaction(self._writer) as connection:
+                yield connection
+        finally:
+            self._writing_thread = None
+            self._write_lock.release()
+
+    def close(self) -> None:
+        """Refuse further transactions, and close all connections unless the Engine is the caller's."""
+        self._is_closed = True
+        if self._owns_engine:
+            self._engine.dispose()
+
+    @contextmanager
+    def _transaction(self, engine: sa.Engine) -> Iterator[sa.Connection]:
+        if self._is_closed:
+            raise StoreError(f"the store is closed ({self.url})")
+        with self._turn or nullcontext(), self._translated_errors():
+            if self._shared is not None:
+                yield self._shared
+                return
+            with engine.connect() as connection, connection.begin():
+                if self._turn is not None:
+                    self._shared = connection
+                try:
+                    yield connection
+                finally:
+                    self._shared = None
+
+    @contextmanager
+    def _translated_errors(self) -> Iterator[None]:
+        """Turn every error of SQLAlchemy and its driver into a StoreError: the only place that does."""
+        try:
+            yield
+        except DBAPIError as error:
+            raise StoreError(f"{_reason(error.orig)} ({self.url})") from error
+        except (SQLAlchemyError, sqlite3.Error) as error:
+            raise StoreError(f"{_reason(error)} ({self.url})") from error
+
+    def _set_up(self, connection: sa.Connection) -> None:
+        driver = connection.connection.dbapi_connection
+        assert isinstance(driver, sqlite3.Connection)  # _check_driver saw to it
+        try:
+            # At every checkout: a caller's Engine shares its connections with code that may set them otherwise.
+            driver.execute(f"PRAGMA busy_timeout = {int(self._busy_timeout_s * 1000)}")
+            driver.execute("PRAGMA synchronous = FULL")
+            driver.execute("PRAGMA foreign_keys = ON")
+            if "mplus_journal_mode" not in connection.info:
+                connection.info["mplus_journal_mode"] = self._use_write_ahead_log(driver)
+        except (sqlite3.Error, StoreError):
+            connection.close()  # nobody else holds it yet
+            raise
+
+    def _use_write_ahead_log(self, driver: sqlite3.Connection) -> str:
+        mode = str(driver.execute("PRAGMA journal_mode").fetchone()[0])
+        if mode in ("wal", "memory"):
+            return mode
+        mode = str(driver.execute("PRAGMA journal_mode = WAL").fetchone()[0])
+        if mode != "wal":
+            raise StoreError(f"the database cannot keep a write-ahead log, its journal mode stays {mode} ({self.url})")
+        return mode
+
+
+def _create_engine(target: str, busy_timeout_s: float) -> sa.Engine:
+    if not isinstance(target, str):
+        raise InvalidInputError("target", target, _ALLOWED_TARGET)
+    try:
+        url = sa.make_url(target)
+        url.get_dialect()
+        is_sqlite = (url.get_backend_name(), url.get_driver_name()) == ("sqlite", "pysqlite")
+    except (ArgumentError, NoSuchModuleError, ImportError) as error:
+        raise InvalidInputError("target", _without_password(target), _ALLOWED_TARGET) from error
+    if not is_sqlite:
+        raise InvalidInputError("target", url.render_as_string(hide_password=True), _ALLOWED_TARGET)
+    if isinstance(sa.create_engine(url).pool, SingletonThreadPool):  # SQLAlchemy's choice for a database in memory
+        return sa.create_engine(url, poolclass=StaticPool, connect_args={"check_same_thread": False})
+    folder = Path(url.database or "").parent
+    if not (url.database or "").startswith("file:") and not folder.is_dir():
+        raise StoreError(f"the folder of the database does not exist ({url.render_as_string(hide_password=True)})")
+    connect_args = {"timeout": busy_timeout_s, "check_same_thread": False}
+    return sa.create_engine(url, connect_args=connect_args, pool_size=8, max_overflow=56)
+
+
+def _check_driver(engine: sa.Engine) -> None:
+    found = f"{engine.dialect.name}+{engine.dialect.driver}"
+    if found != "sqlite+pysqlite":
+        raise InvalidInputError("target", found, "an Engine of sqlite+pysqlite; other databases are not supported yet")
+    if isinstance(engine.pool, SingletonThreadPool):
+        allowed = "for a database in memory, an Engine with poolclass=StaticPool (or the URL 'sqlite://')"
+        raise InvalidInputError("target", engine, allowed)
+
+
+class _Beginner:
+    """Begins transactions with a statement of our own, since sqlite3 would begin late and without the write lock."""
+
+    def __init__(self, statement: str) -> None:
+        self._statement = statement
+
+    def __call__(self, connection: sa.Connection) -> None:
+        driver = connection.connection.dbapi_connection
+        assert isinstance(driver, sqlite3.Connection)
+        if driver.in_transaction:
+            if isinstance(connection.engine.pool, StaticPool):
+                raise StoreError("the Engine's only connection is in a transaction that is not the store's")
+            # A caller's Engine has a listener that began a plain transaction just now: nothing is in it yet.
+            driver.execute("ROLLBACK")
+        connection.exec_driver_sql(self._statement)
+
+
+def _reason(error: BaseException | None) -> str:
+    name = getattr(error, "sqlite_errorname", "") or ""
+    for prefix, reason in _SQLITE_REASONS.items():
+        if name.startswith(prefix):
+            return f"{reason}: {error}" if prefix == "SQLITE_CONSTRAINT" else reason
+    return f"the database failed: {error}"
+
+
+def _without_password(target: str) -> str:
+    return re.sub(r"//[^/]*@", "//***@", target)
