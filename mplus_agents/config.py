@@ -12,6 +12,7 @@ from typing import Any, Literal, Self, get_args
 from mplus_agents.errors import ConfigError
 
 MemoryRule = Literal["paper", "released"]
+RetrievalQuery = Literal["prompt", "last_turn"]
 MEMORY_RULES: tuple[str, ...] = get_args(MemoryRule)
 
 
@@ -146,6 +147,8 @@ class MPlusConfig:
         chunk_tokens: Text tokens of a full injection (paper 4.4: 512).
         min_chunk_tokens: The engine never injects fewer (README of the published code: 16).
         max_prompt_tokens: Generation window, prompt and answer together (paper 3.2.4: 2,048).
+        retrieval_query: Which prompt tokens query Θ: all of the `prompt`, as published, or the `last_turn` alone, so
+            that a long prompt does not dilute a short question.
     """
 
     memory: MemoryConfig
@@ -153,6 +156,7 @@ class MPlusConfig:
     chunk_tokens: int = 512
     min_chunk_tokens: int = 16
     max_prompt_tokens: int = 2_048
+    retrieval_query: RetrievalQuery = "last_turn"
 
     def __post_init__(self) -> None:
         _require(self.min_chunk_tokens >= 1, "min_chunk_tokens", self.min_chunk_tokens, "a positive whole number")
@@ -160,6 +164,8 @@ class MPlusConfig:
         _require(self.chunk_tokens >= self.min_chunk_tokens, "chunk_tokens", self.chunk_tokens, at_least)
         more_than = f"more than chunk_tokens ({self.chunk_tokens}), as the window of waiting turns is part of the prompt"
         _require(self.max_prompt_tokens > self.chunk_tokens, "max_prompt_tokens", self.max_prompt_tokens, more_than)
+        queries = get_args(RetrievalQuery)
+        _require(self.retrieval_query in queries, "retrieval_query", self.retrieval_query, " or ".join(queries))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain values, for a JSON file."""

@@ -74,7 +74,7 @@ class LongTermMemory:
             first_row: The first row.
         """
         log = self._index.long_term
-        done, num_new = 0, keys.shape[1]
+        done, num_new = max(0, log.base_row - first_row), keys.shape[1]  # rows may be trimmed as they enter
         while done < num_new:
             row = first_row + done
             number = log.block_of(row)
@@ -149,7 +149,7 @@ class LongTermMemory:
             tokens: Keys [m, h_kv, d_h], values [m, h_kv, d_h] and retrieval keys [m, p].
         """
         log = self._index.long_term
-        numbers = np.array([log.block_of(int(row)) for row in rows])
+        numbers = log.blocks_of(rows)
         for number in np.unique(numbers):
             picked = numbers == number
             block = self._blocks[int(number)]

@@ -152,6 +152,16 @@ class LongTermIndex:
         offset = 1 if self.first_block_rows else 0
         return offset + (row - self.first_block_rows) // self.block_rows
 
+    def blocks_of(self, rows: IntArray) -> IntArray:
+        """Return the block of each row, [r] int64.
+
+        Args:
+            rows: [r] int64.
+        """
+        offset = 1 if self.first_block_rows else 0
+        later = offset + (rows - self.first_block_rows) // self.block_rows
+        return np.where(rows < self.first_block_rows, 0, later)
+
     def block_start(self, block: int) -> int:
         """Return the first row of a block."""
         if not self.first_block_rows:
@@ -222,7 +232,9 @@ class LongTermIndex:
         old_first, capacity = self._first_birth, self._row_of.shape[1]
         if first >= old_first and highest < old_first + capacity:
             return
-        used_end = min(old_first + capacity, highest + 1)
+        in_use = np.flatnonzero((self._row_of != _NO_ROW).any(axis=0))
+        used_end = old_first + (int(in_use[-1]) + 1 if len(in_use) else 0)
+        highest = max(highest, used_end - 1)  # a batch older than all before must not cut off what came before
         table = np.full((self.num_layers, max(2 * (highest + 1 - first), self.block_rows)), _NO_ROW, dtype=np.int64)
         start = max(first, old_first)
         if used_end > start:

@@ -23,6 +23,7 @@ from mplus_agents.errors import CheckpointError, ConfigError
 from mplus_agents.model.families import head_dim
 
 Layout = Literal["mplus", "memoryllm", "own"]
+_BUILT_IN = {"mplus-tiny": Path(__file__).parent.parent / "assets" / "mplus-tiny"}
 CONFIG_KEY = "mplus"  # our section in config.json
 
 # What a published config may say, for the keys that change what the network computes (research: config fields read by
@@ -101,12 +102,13 @@ class CheckpointFiles:
         """Find a checkpoint in a folder or on the hub.
 
         Args:
-            path_or_hub_id: A folder, or the id of a repository on the Hugging Face hub.
+            path_or_hub_id: A folder, the id of a repository on the Hugging Face hub, or `mplus-tiny`, which the package
+                brings along.
 
         Raises:
             CheckpointError: There is no such folder, and the hub has no such repository or is out of reach.
         """
-        folder = Path(path_or_hub_id)
+        folder = _BUILT_IN.get(str(path_or_hub_id), Path(path_or_hub_id))
         if folder.is_dir():
             return cls(folder)
         name = str(path_or_hub_id)
@@ -242,7 +244,7 @@ def translate_config(
         rule=memory_rule or "released",
         **optional,
     )
-    return MPlusConfig(memory, _translate_lora(raw))
+    return MPlusConfig(memory, _translate_lora(raw), retrieval_query="prompt")
 
 
 def _translate_lora(raw: Mapping[str, Any]) -> AdapterConfig | None:

@@ -348,12 +348,13 @@ class MPlusModel(nn.Module):
 
     def rope_table(self, num_positions: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return RoPE's cosines and sines of the first positions, each [num_positions, d_h]."""
-        if self._rope is None or len(self._rope[0]) < num_positions:
+        table = self._rope  # one look: another thread may put a shorter one there
+        if table is None or len(table[0]) < num_positions:
             positions = torch.arange(max(num_positions, 1024), device=self.device)[None]
             rotary = cast(nn.Module, cast(nn.Module, self.decoder.model).rotary_emb)
             cos, sin = rotary(self.bos_embedding, positions)
-            self._rope = (cos[0], sin[0])
-        cos, sin = self._rope
+            table = self._rope = (cos[0], sin[0])
+        cos, sin = table
         return cos[:num_positions], sin[:num_positions]
 
     def bos_key_value(self, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -399,8 +400,9 @@ class MPlusModel(nn.Module):
             raise InvalidInputError("input_ids", f"token {int(input_ids.max())}", f"token ids from 0 to {vocab_size - 1}")
         if any(state.config != self.config.memory for state in memories):
             raise InvalidInputError("memory", "made for another shape or rule", "a memory of this model")
-        if query_mask is not None and (query_mask.shape != input_ids.shape or not query_mask.any(dim=1).all()):
-            raise InvalidInputError("query_mask", list(query_mask.shape), "[b, n] bool with at least one True per row")
+        is_mask = query_mask is None or (query_mask.dtype == torch.bool and query_mask.shape == input_ids.shape)
+        if query_mask is not None and not (is_mask and query_mask.any(dim=1).all()):
+            raise InvalidInputError("query_mask", f"{list(query_mask.shape)} {query_mask.dtype}", "[b, n] bool with at least one True per row")
         return memories
 
 

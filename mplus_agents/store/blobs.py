@@ -21,6 +21,7 @@ from mplus_agents.errors import CorruptBlobError, InvalidInputError
 
 __all__ = [
     "StoredTensor",
+    "check_dtype",
     "decode_arrays",
     "decode_tensor",
     "decode_text",
@@ -28,6 +29,7 @@ __all__ = [
     "encode_tensor",
     "encode_text",
     "open_tensor",
+    "to_utf8",
 ]
 
 _MAGIC = b"MPLB"
@@ -90,14 +92,26 @@ def encode_tensor(tensor: torch.Tensor) -> bytes:
     Raises:
         InvalidInputError: If the dtype is another one, or there are more than 8 dimensions.
     """
-    code = _TENSOR_CODES.get(tensor.dtype)
-    if code is None:
-        allowed = ", ".join(str(dtype) for dtype in _TENSOR_CODES)
-        raise InvalidInputError("tensor.dtype", tensor.dtype, allowed)
+    check_dtype("tensor", tensor)
     _check_dims("tensor.shape", tensor.shape)
     # numpy has no bfloat16: every dtype leaves torch as plain bytes.
     flat = tensor.detach().to("cpu").contiguous().reshape(-1)
-    return _seal(code, _CODEC_RAW, tuple(tensor.shape), flat.view(torch.uint8).numpy().data)
+    return _seal(_TENSOR_CODES[tensor.dtype], _CODEC_RAW, tuple(tensor.shape), flat.view(torch.uint8).numpy().data)
+
+
+def check_dtype(argument: str, tensor: torch.Tensor) -> None:
+    """Check that a tensor's dtype can be stored.
+
+    Args:
+        argument: Name of the argument, for the error.
+        tensor: The tensor.
+
+    Raises:
+        InvalidInputError: If it cannot.
+    """
+    if tensor.dtype not in _TENSOR_CODES:
+        allowed = ", ".join(str(dtype) for dtype in _TENSOR_CODES)
+        raise InvalidInputError(f"{argument}.dtype", tensor.dtype, allowed)
 
 
 def open_tensor(blob: bytes, what: str) -> StoredTensor:

@@ -8,12 +8,12 @@ from __future__ import annotations
 import re
 import sqlite3
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import sqlalchemy as sa
-from sqlalchemy import event
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
 from sqlalchemy.pool import SingletonThreadPool, StaticPool
 
@@ -61,12 +61,6 @@ class Database:
         self._engine = target if isinstance(target, sa.Engine) else _create_engine(target, busy_timeout_s)
         _check_driver(self._engine)
         self.url = self._engine.url.render_as_string(hide_password=True)
-        # Options engines share the pool, but not their listeners: a caller's Engine keeps its own transactions.
-        self._reader = self._engine.execution_options()
-        self._writer = self._engine.execution_options()
-        for engine, statement in ((self._reader, "BEGIN"), (self._writer, "BEGIN IMMEDIATE")):
-            event.listen(engine, "engine_connect", self._set_up)
-            event.listen(engine, "begin", _Beginner(statement))
         # Writers of this process queue here, without polling; those of other processes meet in SQLite.
         self._write_lock = threading.Lock()
         self._writing_thread: int | None = None
@@ -85,7 +79,7 @@ class Database:
         Raises:
             StoreError: If the database fails.
         """
-        with self._transaction(self._reader) as connection:
+        with self._transaction("BEGIN") as connection:
             yield connection
 
     @contextmanager
@@ -106,7 +100,7 @@ class Database:
             raise StoreError(f"{reason} of {self._busy_timeout_s:g} s ({self.url})")
         self._writing_thread = thread
         try:
-            with self._transaction(self._writer) as connection:
+            with self._transaction("BEGIN IMMEDIATE") as connection:
                 yield connection
         finally:
             self._writing_thread = None
@@ -119,20 +113,27 @@ class Database:
             self._engine.dispose()
 
     @contextmanager
-    def _transaction(self, engine: sa.Engine) -> Iterator[sa.Connection]:
+    def _transaction(self, begin: str) -> Iterator[sa.Connection]:
         if self._is_closed:
             raise StoreError(f"the store is closed ({self.url})")
         with self._turn or nullcontext(), self._translated_errors():
             if self._shared is not None:
                 yield self._shared
                 return
-            with engine.connect() as connection, connection.begin():
-                if self._turn is not None:
-                    self._shared = connection
-                try:
-                    yield connection
-                finally:
-                    self._shared = None
+            self._check_free()
+            with self._engine.connect() as connection:
+                driver = self._set_up(connection)
+                with connection.begin():
+                    # Begun by us: sqlite3 by itself would begin late, and without the write lock. What a listener of
+                    # a caller's Engine has begun just now has nothing in it yet.
+                    if driver.in_transaction:
+                        driver.execute("ROLLBACK")
+                    driver.execute(begin)
+                    self._shared = connection if self._turn is not None else None
+                    try:
+                        yield connection
+                    finally:
+                        self._shared = None
 
     @contextmanager
     def _translated_errors(self) -> Iterator[None]:
@@ -144,26 +145,38 @@ class Database:
         except (SQLAlchemyError, sqlite3.Error) as error:
             raise StoreError(f"{_reason(error)} ({self.url})") from error
 
-    def _set_up(self, connection: sa.Connection) -> None:
+    def _check_free(self) -> None:
+        pool = self._engine.pool
+        if isinstance(pool, StaticPool):
+            driver = pool.connection.dbapi_connection
+            if isinstance(driver, sqlite3.Connection) and driver.in_transaction:
+                raise StoreError("the Engine's only connection is in a transaction that is not the store's")
+
+    def _set_up(self, connection: sa.Connection) -> sqlite3.Connection:
         driver = connection.connection.dbapi_connection
         assert isinstance(driver, sqlite3.Connection)  # _check_driver saw to it
-        try:
-            # At every checkout: a caller's Engine shares its connections with code that may set them otherwise.
-            driver.execute(f"PRAGMA busy_timeout = {int(self._busy_timeout_s * 1000)}")
-            driver.execute("PRAGMA synchronous = FULL")
-            driver.execute("PRAGMA foreign_keys = ON")
-            if "mplus_journal_mode" not in connection.info:
-                connection.info["mplus_journal_mode"] = self._use_write_ahead_log(driver)
-        except (sqlite3.Error, StoreError):
-            connection.close()  # nobody else holds it yet
-            raise
+        # Every time: a caller's Engine shares its connections with code that may set them otherwise.
+        driver.execute(f"PRAGMA busy_timeout = {int(self._busy_timeout_s * 1000)}")
+        driver.execute("PRAGMA synchronous = FULL")
+        driver.execute("PRAGMA foreign_keys = ON")
+        if "mplus_journal_mode" not in connection.info:
+            connection.info["mplus_journal_mode"] = self._use_write_ahead_log(driver)
+        return driver
 
     def _use_write_ahead_log(self, driver: sqlite3.Connection) -> str:
-        mode = str(driver.execute("PRAGMA journal_mode").fetchone()[0])
-        if mode in ("wal", "memory"):
-            return mode
-        mode = str(driver.execute("PRAGMA journal_mode = WAL").fetchone()[0])
-        if mode != "wal":
+        deadline = time.monotonic() + self._busy_timeout_s
+        while True:
+            try:
+                mode = str(driver.execute("PRAGMA journal_mode").fetchone()[0])
+                if mode not in ("wal", "memory"):
+                    mode = str(driver.execute("PRAGMA journal_mode = WAL").fetchone()[0])
+                break
+            except sqlite3.OperationalError as error:
+                # SQLite does not wait here by itself when another process switches the same new file just now.
+                if not error.sqlite_errorname.startswith("SQLITE_BUSY") or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.01)
+        if mode not in ("wal", "memory"):
             raise StoreError(f"the database cannot keep a write-ahead log, its journal mode stays {mode} ({self.url})")
         return mode
 
@@ -195,23 +208,6 @@ def _check_driver(engine: sa.Engine) -> None:
     if isinstance(engine.pool, SingletonThreadPool):
         allowed = "for a database in memory, an Engine with poolclass=StaticPool (or the URL 'sqlite://')"
         raise InvalidInputError("target", engine, allowed)
-
-
-class _Beginner:
-    """Begins transactions with a statement of our own, since sqlite3 would begin late and without the write lock."""
-
-    def __init__(self, statement: str) -> None:
-        self._statement = statement
-
-    def __call__(self, connection: sa.Connection) -> None:
-        driver = connection.connection.dbapi_connection
-        assert isinstance(driver, sqlite3.Connection)
-        if driver.in_transaction:
-            if isinstance(connection.engine.pool, StaticPool):
-                raise StoreError("the Engine's only connection is in a transaction that is not the store's")
-            # A caller's Engine has a listener that began a plain transaction just now: nothing is in it yet.
-            driver.execute("ROLLBACK")
-        connection.exec_driver_sql(self._statement)
 
 
 def _reason(error: BaseException | None) -> str:

@@ -14,7 +14,7 @@ import sqlalchemy as sa
 import torch
 
 from mplus_agents.errors import AgentNotFoundError, ConflictError, InvalidInputError, StoreError
-from mplus_agents.store.blobs import encode_arrays, encode_tensor, encode_text, to_utf8
+from mplus_agents.store.blobs import check_dtype, encode_arrays, encode_tensor, encode_text, to_utf8
 from mplus_agents.store.records import AgentRecord, CommitResult, EventRecord, InjectionTensors
 from mplus_agents.store.rows import MAX_IDS_PER_QUERY, batched, check_int, inserted_id, to_key
 from mplus_agents.store.schema import (
@@ -273,7 +273,6 @@ class WriteTransaction:
             The agent as it will be once the transaction is committed.
 
         Raises:
-            InvalidInputError: If the hidden rows cannot be encoded.
             StoreError: If the database failed, now or in an earlier call.
         """
         self._check_open()
@@ -335,6 +334,7 @@ def _check_tensors(
     tensors: InjectionTensors, *, dropped: torch.Tensor, evicted: torch.Tensor, tail_hidden: torch.Tensor
 ) -> None:
     keys = tensors.keys
+    check_dtype("tensors.keys", keys)
     if keys.dim() != 4 or 0 in keys.shape:
         raise InvalidInputError("tensors.keys", tuple(keys.shape), "shape [L, K, h_kv, d_h], none of them 0")
     if tensors.values.shape != keys.shape or tensors.values.dtype != keys.dtype:
@@ -344,6 +344,7 @@ def _check_tensors(
     for name, tensor in (("tensors.retrieval_keys", tensors.retrieval_keys), ("tail_hidden", tail_hidden)):
         if tensor.dim() != 3 or tensor.shape[:2] != (num_layers, num_slots):
             raise InvalidInputError(name, tuple(tensor.shape), f"shape [{num_layers}, {num_slots}, any]")
+        check_dtype(name, tensor)
     for name, tensor in (("dropped", dropped), ("evicted", evicted)):
         if tensor.dim() != 2 or tensor.shape[0] != num_layers:
             raise InvalidInputError(name, tuple(tensor.shape), f"shape [{num_layers}, any]")

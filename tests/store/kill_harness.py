@@ -86,7 +86,7 @@ def _run_child(body: Body, words: memoryview, writer: int) -> None:
         torch.set_num_threads(1)
         body(acknowledge, in_transaction)
         os.write(writer, b"the body returned")
-    except BaseException:
+    except BaseException:  # noqa: BLE001 - reported through the pipe
         os.write(writer, traceback.format_exc().encode()[:60_000])
     finally:
         os._exit(1)  # without the parent's clean-up: pytest's and torch's exit handlers are not for this process

@@ -21,7 +21,7 @@ class Sizes:
     dtype: torch.dtype = torch.float32
 
 
-def tensors_of(step: int, sizes: Sizes = Sizes()) -> InjectionTensors:  # noqa: B008 - frozen
+def tensors_of(step: int, sizes: Sizes = Sizes()) -> InjectionTensors:
     generator = torch.Generator().manual_seed(step)
     per_token = (sizes.num_layers, sizes.num_slots)
     heads = (*per_token, sizes.num_kv_heads, sizes.head_dim)
@@ -31,17 +31,17 @@ def tensors_of(step: int, sizes: Sizes = Sizes()) -> InjectionTensors:  # noqa: 
     return InjectionTensors(keys, values, retrieval_keys)
 
 
-def hidden_of(step: int, sizes: Sizes = Sizes()) -> torch.Tensor:  # noqa: B008
+def hidden_of(step: int, sizes: Sizes = Sizes()) -> torch.Tensor:
     generator = torch.Generator().manual_seed(10_000 + step)
     return torch.randn((sizes.num_layers, sizes.num_slots, sizes.hidden_dim), generator=generator).to(sizes.dtype)
 
 
-def dropped_of(step: int, sizes: Sizes = Sizes()) -> torch.Tensor:  # noqa: B008
+def dropped_of(step: int, sizes: Sizes = Sizes()) -> torch.Tensor:
     """Nothing at step 0, then two slots per layer."""
     return (step + torch.arange(sizes.num_layers * min(step, 1) * 2)).reshape(sizes.num_layers, -1)
 
 
-def evicted_of(step: int, sizes: Sizes = Sizes()) -> torch.Tensor:  # noqa: B008
+def evicted_of(step: int, sizes: Sizes = Sizes()) -> torch.Tensor:
     return 2**40 + step + torch.arange(sizes.num_layers).reshape(sizes.num_layers, 1)
 
 
@@ -53,7 +53,7 @@ def commit(
     tx: WriteTransaction,
     step: int,
     *,
-    sizes: Sizes = Sizes(),  # noqa: B008
+    sizes: Sizes = Sizes(),
     event_seqs: tuple[int, ...] = (),
     has_snapshot: bool = False,
 ) -> CommitResult:
@@ -78,7 +78,7 @@ def grow(
     agent: AgentRecord,
     steps: range,
     *,
-    sizes: Sizes = Sizes(),  # noqa: B008
+    sizes: Sizes = Sizes(),
     snapshots: frozenset[int] = frozenset(),
 ) -> AgentRecord:
     """Add one commit per transaction."""
@@ -89,11 +89,20 @@ def grow(
     return agent
 
 
+def give_up(store: Store, agent: AgentRecord) -> None:
+    """Write something of every kind, and raise KeyboardInterrupt before the end."""
+    with store.write(agent) as tx:
+        tx.add_to_window([tx.add_event("message", text="lost").seq])
+        tx.set_source("lost", next_offset=1, prefix_digest="00", is_done=False)
+        commit(tx, 0)
+        raise KeyboardInterrupt
+
+
 def bits(tensor: torch.Tensor) -> tuple[torch.dtype, tuple[int, ...], bytes]:
     return tensor.dtype, tuple(tensor.shape), tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
-def assert_stored(stored: StoredInjection, step: int, sizes: Sizes = Sizes()) -> None:  # noqa: B008
+def assert_stored(stored: StoredInjection, step: int, sizes: Sizes = Sizes()) -> None:
     given = tensors_of(step, sizes)
     assert bits(stored.keys) == bits(given.keys)
     assert bits(stored.values) == bits(given.values)

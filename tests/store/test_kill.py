@@ -12,7 +12,6 @@ import sqlalchemy as sa
 
 from mplus_agents.store import AgentRecord, Store
 from mplus_agents.store.schema import COMMIT, INJECTION, PAGE
-
 from tests.store.kill_harness import Acknowledge, Body, InTransaction, run_until_killed
 from tests.store.samples import assert_stored, bits, commit, create, dropped_of, evicted_of, hidden_of, snapshot_of
 
@@ -26,15 +25,14 @@ def _texts(step: int) -> list[str]:
 def _write_step(store: Store, agent: AgentRecord, in_transaction: InTransaction) -> AgentRecord:
     """Log and window two events, and inject the two of the step before."""
     step = agent.version
-    with ExitStack() as open_transaction:
-        with store.write(agent) as tx:
-            open_transaction.enter_context(in_transaction())
-            added = [tx.add_event("message", role="user", text=text).seq for text in _texts(step)]
-            tx.add_to_window(added)
-            injected = tuple(event.seq for event in store.window(agent.id))
-            tx.remove_from_window(injected)
-            commit(tx, step, event_seqs=injected, has_snapshot=step % _SNAPSHOT_EVERY == 0)
-            tx.set_source("book", next_offset=step, prefix_digest=f"{step:032x}", is_done=False)
+    with ExitStack() as until_committed, store.write(agent) as tx:
+        until_committed.enter_context(in_transaction())
+        added = [tx.add_event("message", role="user", text=text).seq for text in _texts(step)]
+        tx.add_to_window(added)
+        injected = tuple(event.seq for event in store.window(agent.id))
+        tx.remove_from_window(injected)
+        commit(tx, step, event_seqs=injected, has_snapshot=step % _SNAPSHOT_EVERY == 0)
+        tx.set_source("book", next_offset=step, prefix_digest=f"{step:032x}", is_done=False)
     return tx.agent
 
 
@@ -108,7 +106,7 @@ def _kills(folder: Path, num_kills: int, kills_per_database: int) -> Iterator[bo
         yield killed.was_in_transaction
 
 
-@pytest.mark.parametrize("num_kills", [10, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_kills", [50, pytest.param(500, marks=pytest.mark.slow)])
 def test_nothing_acknowledged_is_lost_and_nothing_is_half_stored(tmp_path: Path, num_kills: int) -> None:
     hits = list(_kills(tmp_path, num_kills, kills_per_database=10))
     assert len(hits) == num_kills

@@ -1,0 +1,429 @@
+"""One agent: a name, a memory that outlives the process, and the calls that write to it and read from it."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from tqdm.auto import tqdm
+
+from mplus_agents.engine.answering import Answering
+from mplus_agents.engine.inputs import parse_memories, parse_message
+from mplus_agents.engine.prompts import Prompt, chat_prompt, question_prompt
+from mplus_agents.engine.records import AgentStats, Document, Generation, Message, Receipt, TokenInfo
+from mplus_agents.engine.resident import Resident, open_resident
+from mplus_agents.engine.text import check_text
+from mplus_agents.engine.writer import Writer
+from mplus_agents.errors import AgentNotFoundError, InvalidInputError
+
+if TYPE_CHECKING:
+    from mplus_agents.engine.mplus import MPlus
+
+# Documents longer than this many characters get a progress bar by default.
+_LONG_TEXT_CHARS = 20_000
+
+
+class Agent:
+    """An agent's memory and voice; made by `MPlus.agent`, safe to use from many threads.
+
+    Args:
+        mplus: The engine.
+        namespace: Where the name is unique.
+        name: The agent's name.
+        agent_id: Its row in the store.
+    """
+
+    def __init__(self, mplus: MPlus, namespace: str, name: str, agent_id: int) -> None:
+        self._mplus = mplus
+        self.namespace = namespace
+        self.name = name
+        self._agent_id = agent_id
+        self._lock = threading.RLock()
+        self._resident: Resident | None = None
+
+    def __repr__(self) -> str:
+        return f"Agent({self.name!r}, namespace={self.namespace!r}, model={self._mplus.name!r})"
+
+    def has_id(self, agent_id: int) -> bool:
+        """Tell whether this is the agent of a row in the store; a name may be deleted and created again.
+
+        Args:
+            agent_id: The row.
+        """
+        return self._agent_id == agent_id
+
+    @property
+    def mplus(self) -> MPlus:
+        """The engine this agent lives in."""
+        return self._mplus
+
+    def remember(self, memories: object, *, source_id: str | None = None, progress: bool | None = None) -> Receipt:
+        """Take turns or documents into the memory.
+
+        Short texts wait verbatim in the window, which every prompt shows, until about a chunk is there. A document that
+        was read before is not read twice, and one that was interrupted goes on where it stopped.
+
+        Args:
+            memories: A text (str or UTF-8 bytes), a `Document`, a `Message` or `{"role", "content"}`, an open file, a
+                path (`pathlib.Path`), or an iterable of these.
+            source_id: A stable name of a single document; its hash if None.
+            progress: Show a progress bar; if None, for long texts on a terminal.
+
+        Returns:
+            What was made durable, or why nothing was injected.
+
+        Raises:
+            InvalidInputError: Something cannot be remembered; what came before it in an iterator has been stored.
+            ConflictError: Another process wrote to the agent at the same time; call again.
+            StoreError: The database failed; the message says so, and everything acknowledged before is still there.
+        """
+        items = parse_memories(memories, source_id)
+        with self._open_to_write() as resident, _ProgressBar(progress) as bar:
+            writer = self._writer(resident, bar)
+            for item in items:
+                if isinstance(item, Document):
+                    bar.expect(len(item.text))
+                    writer.add_document(item)
+                else:
+                    writer.add_message(item)
+            writer.commit()
+            return writer.receipt()
+
+    def flush(self) -> Receipt:
+        """Inject what waits in the window now, unless it is under the model's minimum.
+
+        Returns:
+            What was injected, or why nothing was.
+
+        Raises:
+            ConflictError: Another process wrote to the agent at the same time; call again.
+            StoreError: The database failed.
+        """
+        with self._open_to_write() as resident:
+            writer = self._writer(resident)
+            writer.flush()
+            writer.commit()
+            return writer.receipt()
+
+    def ask(self, question: str, *, max_new_tokens: int | None = None, **options: Any) -> str:
+        """Answer one question from memory; nothing is written.
+
+        Args:
+            question: The question.
+            max_new_tokens: Most tokens of the answer; as many as fit, at most 128, if None.
+            **options: Fields of `GenerationOptions` (`do_sample`, `temperature`, …), and `stop`, a list of strings.
+
+        Returns:
+            The answer.
+
+        Raises:
+            InvalidInputError: The question or an option's value is not allowed.
+            ConfigError: An option is unknown.
+            PromptTooLongError: Question, window and answer do not fit the generation window.
+        """
+        question = check_text("question", question)
+        with self._open() as resident:
+            prompt = question_prompt(self._mplus.codec, resident.window_text, question)
+            answering = self._begin(resident, prompt, max_new_tokens, options)
+        return answering.finish().text
+
+    def chat(self, message: str | Message, *, max_new_tokens: int | None = None, **options: Any) -> str:
+        """Answer a turn of a conversation, then remember the turn and the answer.
+
+        Args:
+            message: What the user says.
+            max_new_tokens: Most tokens of the answer; as many as fit, at most 128, if None.
+            **options: As for `ask`.
+
+        Returns:
+            The answer.
+
+        Raises:
+            InvalidInputError: The message or an option's value is not allowed.
+            ConfigError: An option is unknown.
+            PromptTooLongError: Message, window and answer do not fit the generation window; nothing was remembered.
+            StoreError: The answer was given but could not be remembered.
+        """
+        return "".join(self.stream(message, max_new_tokens=max_new_tokens, **options))
+
+    def stream(
+        self, message: str | Message, *, max_new_tokens: int | None = None, **options: Any
+    ) -> Iterator[str]:
+        """Do `chat` piece by piece; the turn is remembered when the answer is complete, not if it is broken off.
+
+        Args:
+            message: What the user says.
+            max_new_tokens: Most tokens of the answer; as many as fit, at most 128, if None.
+            **options: As for `ask`.
+
+        Returns:
+            Pieces of the answer.
+
+        Raises:
+            InvalidInputError: The message or an option's value is not allowed.
+            ConfigError: An option is unknown.
+            PromptTooLongError: Message, window and answer do not fit the generation window.
+        """
+        turn = parse_message("message", message)
+        with self._open() as resident:
+            prompt = chat_prompt(self._mplus.codec, [turn], lead=resident.window_text)
+            answering = self._begin(resident, prompt, max_new_tokens, options)
+        return self._stream_and_remember(turn, answering)
+
+    def generate(
+        self, messages: Sequence[Message], *, max_new_tokens: int | None = None, **options: Any
+    ) -> Generation:
+        """Answer a conversation that the caller holds; the window is not shown and nothing is written.
+
+        This is what a framework's language model calls: its memory object supplies the window and writes.
+
+        Args:
+            messages: The turns; the last one is answered.
+            max_new_tokens: Most tokens of the answer; as many as fit, at most 128, if None.
+            **options: As for `ask`.
+
+        Returns:
+            The answer with its token counts.
+
+        Raises:
+            InvalidInputError: A message or an option's value is not allowed.
+            ConfigError: An option is unknown.
+            PromptTooLongError: The turns and the answer do not fit the generation window.
+        """
+        return self.begin_generation(messages, max_new_tokens=max_new_tokens, **options).finish()
+
+    def begin_generation(
+        self, messages: Sequence[Message], *, max_new_tokens: int | None = None, **options: Any
+    ) -> Answering:
+        """Do `generate` piece by piece.
+
+        Args:
+            messages: The turns; the last one is answered.
+            max_new_tokens: Most tokens of the answer; as many as fit, at most 128, if None.
+            **options: As for `ask`.
+
+        Returns:
+            An iterator over pieces of the answer, which knows the token counts at the end.
+
+        Raises:
+            InvalidInputError: A message or an option's value is not allowed.
+            ConfigError: An option is unknown.
+            PromptTooLongError: The turns and the answer do not fit the generation window.
+        """
+        if not messages:
+            raise InvalidInputError("messages", messages, "at least one turn")
+        with self._open() as resident:
+            prompt = chat_prompt(self._mplus.codec, messages)
+            return self._begin(resident, prompt, max_new_tokens, options)
+
+    def logits(self, text: str) -> torch.Tensor:
+        """Return the logits of a text read with this memory, [n, vocab]; for comparing memories.
+
+        Args:
+            text: The text.
+
+        Raises:
+            InvalidInputError: The text is not allowed.
+        """
+        ids = torch.tensor([self._mplus.codec.encode(check_text("text", text))], device=self._mplus.model.device)
+        with self._open() as resident, torch.no_grad():
+            return self._mplus.model.read(ids, resident.memory).logits[0]
+
+    @property
+    def window(self) -> list[Message]:
+        """The turns that wait verbatim, oldest first; pieces of documents come as system turns."""
+        with self._open() as resident:
+            return [Message(cast(Any, item.role or "system"), item.content) for item in resident.window]
+
+    @property
+    def window_text(self) -> str:
+        """The window as a prompt shows it; empty if nothing waits."""
+        with self._open() as resident:
+            return resident.window_text
+
+    def clear_window(self) -> int:
+        """Forget what waits in the window without injecting it.
+
+        Returns:
+            How many turns were dropped.
+
+        Raises:
+            ConflictError: Another process wrote to the agent at the same time; call again.
+            StoreError: The database failed.
+        """
+        with self._open_to_write() as resident:
+            seqs = [item.seq for item in resident.window if item.seq is not None]
+            if seqs:
+                with self._mplus.store.write(resident.record) as tx:
+                    tx.remove_from_window(seqs)
+                resident.record, resident.window = tx.agent, []
+            return len(seqs)
+
+    def stats(self) -> AgentStats:
+        """Return the memory in numbers.
+
+        Raises:
+            StoreError: The database failed.
+        """
+        with self._open() as resident:
+            memory, stored = resident.memory, self._mplus.store.stats(self._agent_id)
+            config = memory.config
+            ages = [int(memory.theta_ages().max())] if memory.theta_size else []
+            ages += [int(a.max()) for a in map(memory.long_term_ages, range(config.num_layers)) if len(a)]
+            return AgentStats(
+                name=self.name,
+                namespace=self.namespace,
+                memory_rule=config.rule,
+                num_injections=memory.num_injections,
+                short_term_tokens=memory.theta_size,
+                short_term_capacity=config.max_short_term,
+                long_term_tokens=tuple(memory.long_term_sizes.tolist()),
+                long_term_capacity=config.max_long_term if config.rule == "paper" else None,
+                num_staged=memory.num_staged,
+                oldest_age=max(ages, default=None),
+                num_waiting_messages=len(resident.window),
+                num_waiting_tokens=resident.num_waiting_tokens,
+                num_events=stored.num_events,
+                stored_bytes={
+                    "keys_and_values": stored.page_bytes,
+                    "retrieval_keys": stored.retrieval_key_bytes,
+                    "commits": stored.commit_bytes,
+                    "snapshots": stored.snapshot_bytes,
+                    "hidden": stored.hidden_bytes,
+                    "text": stored.text_bytes,
+                },
+                resident_bytes=memory.num_bytes(),
+            )
+
+    def tokens(self, layer: int | None = None) -> list[TokenInfo]:
+        """List every token of θ and Θ: where it is, which injection made it, and how old it is.
+
+        Args:
+            layer: Only this layer; all if None.
+
+        Returns:
+            Per layer θ in its order, then Θ in the order of entry, staged tokens last.
+
+        Raises:
+            InvalidInputError: There is no such layer.
+        """
+        num_layers = self._mplus.model.config.memory.num_layers
+        if layer is not None and not 0 <= layer < num_layers:
+            raise InvalidInputError("layer", layer, f"0 to {num_layers - 1}, or None")
+        layers = range(num_layers) if layer is None else [layer]
+        with self._open() as resident:
+            return [info for number in layers for info in _layer_tokens(resident, number)]
+
+    def delete(self) -> None:
+        """Delete the agent with its memory, window, documents and log; it cannot be used afterwards.
+
+        Raises:
+            AgentNotFoundError: It was deleted already.
+            StoreError: The database failed.
+        """
+        with self._lock:
+            self._mplus.store.delete_agent(self._agent_id)
+            self._resident = None
+            self._mplus.forget(self)
+
+    @contextmanager
+    def _open(self) -> Iterator[Resident]:
+        """Lock the agent and bring its state up to date; if the call fails, the state is what the store has."""
+        with self._lock:
+            version = self._mplus.store.agent_version(self._agent_id)
+            if version is None:
+                raise AgentNotFoundError(f"agent {self.name!r} was deleted")
+            if self._resident is None or self._resident.record.version != version:
+                record = self._mplus.store.find_agent(self.namespace, self.name)
+                if record is None or record.id != self._agent_id:
+                    raise AgentNotFoundError(f"agent {self.name!r} was deleted")
+                self._resident = open_resident(self._mplus.model, self._mplus.codec, self._mplus.store, record)
+            yield self._resident
+
+    @contextmanager
+    def _open_to_write(self) -> Iterator[Resident]:
+        """Do `_open`; if the call fails, what it left in memory is dropped, and the next call takes what the store has."""
+        with self._open() as resident:
+            try:
+                yield resident
+            except BaseException:
+                self._resident = None
+                raise
+
+    def _writer(self, resident: Resident, bar: _ProgressBar | None = None) -> Writer:
+        advance = bar.advance if bar is not None else None
+        return Writer(self._mplus.model, self._mplus.codec, self._mplus.store, resident, advance)
+
+    def _begin(
+        self, resident: Resident, prompt: Prompt, max_new_tokens: int | None, options: dict[str, Any]
+    ) -> Answering:
+        return Answering.begin(self._mplus.model, self._mplus.codec, resident.memory, prompt, max_new_tokens, options)
+
+    def _stream_and_remember(self, turn: Message, answering: Answering) -> Iterator[str]:
+        pieces = []
+        for piece in answering:
+            pieces.append(piece)
+            yield piece
+        answer = "".join(pieces)
+        turns = [turn, Message("assistant", answer)] if answer.strip() else [turn]
+        self.remember(turns, progress=False)
+
+
+class _ProgressBar:
+    """A bar over characters that shows tokens per second; silent unless asked for or the text is long."""
+
+    def __init__(self, show: bool | None) -> None:
+        self._show = show
+        self._bar: tqdm[Any] | None = None
+        self._num_tokens = 0
+
+    def __enter__(self) -> _ProgressBar:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def expect(self, num_chars: int) -> None:
+        """Announce a document."""
+        is_shown = self._show if self._show is not None else num_chars >= _LONG_TEXT_CHARS and sys.stderr.isatty()
+        if not is_shown:
+            return
+        if self._bar is None:
+            self._bar = tqdm(total=0, unit="char", unit_scale=True, desc="reading")
+        self._bar.total += num_chars
+        self._bar.refresh()
+
+    def advance(self, num_chars: int, num_tokens: int) -> None:
+        """Report progress."""
+        if self._bar is None:
+            return
+        self._num_tokens += num_tokens
+        elapsed = self._bar.format_dict["elapsed"] or 1e-9
+        self._bar.set_postfix_str(f"{self._num_tokens / elapsed:,.0f} tokens/s", refresh=False)
+        self._bar.update(num_chars)
+
+
+def _layer_tokens(resident: Resident, layer: int) -> list[TokenInfo]:
+    memory = resident.memory
+    index, num_new = memory.index, memory.config.tokens_per_injection
+    log = index.long_term
+    rows = log.alive_rows(layer)
+    is_staged = rows >= log.num_merged_rows
+    theta = index.theta_births[layer, index.theta_order[layer]]
+    listed = [
+        ("short_term", theta, index.theta_ages()[layer]),
+        ("long_term", log.births[layer, rows[~is_staged] - log.base_row], index.long_term_ages(layer, rows[~is_staged])),
+        ("staged", log.births[layer, rows[is_staged] - log.base_row], index.long_term_ages(layer, rows[is_staged])),
+    ]
+    infos = []
+    for place, births, ages in listed:
+        for birth, age in zip(births.tolist(), ages.tolist(), strict=True):
+            step, slot = divmod(birth, num_new) if birth >= 0 else (None, None)
+            injection_id = None if step is None else resident.injection_ids[step]
+            infos.append(TokenInfo(layer, cast(Any, place), injection_id, step, slot, birth, age))
+    return infos
