@@ -28,7 +28,7 @@ class MemoryConfig:
         retrieval_dim: Width p of a retrieval key; 0 means that there is no retriever (MemoryLLM).
         tokens_per_injection: K, the new tokens per layer of one injection (paper 3.1: 256).
         max_short_term: N, the capacity of θ per layer (paper 3.2.3: 10,240).
-        num_retrieved: K0, the tokens brought back from Θ per layer and read (paper 3.2.3: 2,560); 0 without a retriever.
+        num_retrieved: K0, the tokens brought back from Θ per layer, to be read (paper 3.2.3: 2,560); 0: no retriever.
         max_long_term: M, the capacity of Θ per layer under the rule `paper` (paper 3.2.1: 150,000).
         rule: `paper` or `released`, the ageing and eviction rule.
         merge_every: `released` only: injections between two merges of staged tokens.
@@ -129,7 +129,9 @@ class AdapterConfig:
 
     def __post_init__(self) -> None:
         _require(self.rank >= 1, "rank", self.rank, "a positive whole number")
-        _require(bool(self.target_modules), "target_modules", self.target_modules, "at least one name of a linear layer")
+        _require(
+            bool(self.target_modules), "target_modules", self.target_modules, "at least one name of a linear layer"
+        )
 
     @property
     def scaling(self) -> float:
@@ -162,7 +164,9 @@ class MPlusConfig:
         _require(self.min_chunk_tokens >= 1, "min_chunk_tokens", self.min_chunk_tokens, "a positive whole number")
         at_least = f"at least min_chunk_tokens ({self.min_chunk_tokens})"
         _require(self.chunk_tokens >= self.min_chunk_tokens, "chunk_tokens", self.chunk_tokens, at_least)
-        more_than = f"more than chunk_tokens ({self.chunk_tokens}), as the window of waiting turns is part of the prompt"
+        more_than = (
+            f"more than chunk_tokens ({self.chunk_tokens}), as the window of waiting turns is part of the prompt"
+        )
         _require(self.max_prompt_tokens > self.chunk_tokens, "max_prompt_tokens", self.max_prompt_tokens, more_than)
         queries = get_args(RetrievalQuery)
         _require(self.retrieval_query in queries, "retrieval_query", self.retrieval_query, " or ".join(queries))

@@ -81,7 +81,9 @@ class FingerprintMismatchError(StoreError):
     def __init__(self, agent: str, fields: dict[str, tuple[str, str]]) -> None:
         self.agent = agent
         self.fields = fields
-        listed = "; ".join(f"{name}: stored {_shorten(old)}, model has {_shorten(new)}" for name, (old, new) in fields.items())
+        listed = "; ".join(
+            f"{name}: stored {_shorten(old)}, model has {_shorten(new)}" for name, (old, new) in fields.items()
+        )
         super().__init__(f"agent {agent!r} was made with another model ({listed})")
 
 

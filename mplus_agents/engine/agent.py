@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from tqdm.auto import tqdm
 
 from mplus_agents.engine.answering import Answering
 from mplus_agents.engine.inputs import parse_memories, parse_message
+from mplus_agents.engine.inspection import agent_stats, layer_tokens
+from mplus_agents.engine.progress import ProgressBar
 from mplus_agents.engine.prompts import Prompt, chat_prompt, question_prompt
 from mplus_agents.engine.records import AgentStats, Document, Generation, Message, Receipt, TokenInfo
 from mplus_agents.engine.resident import Resident, open_resident
@@ -22,9 +22,6 @@ from mplus_agents.errors import AgentNotFoundError, InvalidInputError
 
 if TYPE_CHECKING:
     from mplus_agents.engine.mplus import MPlus
-
-# Documents longer than this many characters get a progress bar by default.
-_LONG_TEXT_CHARS = 20_000
 
 
 class Agent:
@@ -82,7 +79,7 @@ class Agent:
             StoreError: The database failed; the message says so, and everything acknowledged before is still there.
         """
         items = parse_memories(memories, source_id)
-        with self._open_to_write() as resident, _ProgressBar(progress) as bar:
+        with self._open_to_write() as resident, ProgressBar(progress) as bar:
             writer = self._writer(resident, bar)
             for item in items:
                 if isinstance(item, Document):
@@ -150,9 +147,7 @@ class Agent:
         """
         return "".join(self.stream(message, max_new_tokens=max_new_tokens, **options))
 
-    def stream(
-        self, message: str | Message, *, max_new_tokens: int | None = None, **options: Any
-    ) -> Iterator[str]:
+    def stream(self, message: str | Message, *, max_new_tokens: int | None = None, **options: Any) -> Iterator[str]:
         """Do `chat` piece by piece; the turn is remembered when the answer is complete, not if it is broken off.
 
         Args:
@@ -174,9 +169,7 @@ class Agent:
             answering = self._begin(resident, prompt, max_new_tokens, options)
         return self._stream_and_remember(turn, answering)
 
-    def generate(
-        self, messages: Sequence[Message], *, max_new_tokens: int | None = None, **options: Any
-    ) -> Generation:
+    def generate(self, messages: Sequence[Message], *, max_new_tokens: int | None = None, **options: Any) -> Generation:
         """Answer a conversation that the caller holds; the window is not shown and nothing is written.
 
         This is what a framework's language model calls: its memory object supplies the window and writes.
@@ -270,34 +263,7 @@ class Agent:
             StoreError: The database failed.
         """
         with self._open() as resident:
-            memory, stored = resident.memory, self._mplus.store.stats(self._agent_id)
-            config = memory.config
-            ages = [int(memory.theta_ages().max())] if memory.theta_size else []
-            ages += [int(a.max()) for a in map(memory.long_term_ages, range(config.num_layers)) if len(a)]
-            return AgentStats(
-                name=self.name,
-                namespace=self.namespace,
-                memory_rule=config.rule,
-                num_injections=memory.num_injections,
-                short_term_tokens=memory.theta_size,
-                short_term_capacity=config.max_short_term,
-                long_term_tokens=tuple(memory.long_term_sizes.tolist()),
-                long_term_capacity=config.max_long_term if config.rule == "paper" else None,
-                num_staged=memory.num_staged,
-                oldest_age=max(ages, default=None),
-                num_waiting_messages=len(resident.window),
-                num_waiting_tokens=resident.num_waiting_tokens,
-                num_events=stored.num_events,
-                stored_bytes={
-                    "keys_and_values": stored.page_bytes,
-                    "retrieval_keys": stored.retrieval_key_bytes,
-                    "commits": stored.commit_bytes,
-                    "snapshots": stored.snapshot_bytes,
-                    "hidden": stored.hidden_bytes,
-                    "text": stored.text_bytes,
-                },
-                resident_bytes=memory.num_bytes(),
-            )
+            return agent_stats(resident, self._mplus.store.stats(self._agent_id))
 
     def tokens(self, layer: int | None = None) -> list[TokenInfo]:
         """List every token of θ and Θ: where it is, which injection made it, and how old it is.
@@ -316,7 +282,7 @@ class Agent:
             raise InvalidInputError("layer", layer, f"0 to {num_layers - 1}, or None")
         layers = range(num_layers) if layer is None else [layer]
         with self._open() as resident:
-            return [info for number in layers for info in _layer_tokens(resident, number)]
+            return [info for number in layers for info in layer_tokens(resident, number)]
 
     def delete(self) -> None:
         """Delete the agent with its memory, window, documents and log; it cannot be used afterwards.
@@ -346,7 +312,7 @@ class Agent:
 
     @contextmanager
     def _open_to_write(self) -> Iterator[Resident]:
-        """Do `_open`; if the call fails, what it left in memory is dropped, and the next call takes what the store has."""
+        """Do `_open`; if the call fails, what it left in memory is dropped and the next call asks the store."""
         with self._open() as resident:
             try:
                 yield resident
@@ -354,7 +320,7 @@ class Agent:
                 self._resident = None
                 raise
 
-    def _writer(self, resident: Resident, bar: _ProgressBar | None = None) -> Writer:
+    def _writer(self, resident: Resident, bar: ProgressBar | None = None) -> Writer:
         advance = bar.advance if bar is not None else None
         return Writer(self._mplus.model, self._mplus.codec, self._mplus.store, resident, advance)
 
@@ -371,59 +337,3 @@ class Agent:
         answer = "".join(pieces)
         turns = [turn, Message("assistant", answer)] if answer.strip() else [turn]
         self.remember(turns, progress=False)
-
-
-class _ProgressBar:
-    """A bar over characters that shows tokens per second; silent unless asked for or the text is long."""
-
-    def __init__(self, show: bool | None) -> None:
-        self._show = show
-        self._bar: tqdm[Any] | None = None
-        self._num_tokens = 0
-
-    def __enter__(self) -> _ProgressBar:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-    def expect(self, num_chars: int) -> None:
-        """Announce a document."""
-        is_shown = self._show if self._show is not None else num_chars >= _LONG_TEXT_CHARS and sys.stderr.isatty()
-        if not is_shown:
-            return
-        if self._bar is None:
-            self._bar = tqdm(total=0, unit="char", unit_scale=True, desc="reading")
-        self._bar.total += num_chars
-        self._bar.refresh()
-
-    def advance(self, num_chars: int, num_tokens: int) -> None:
-        """Report progress."""
-        if self._bar is None:
-            return
-        self._num_tokens += num_tokens
-        elapsed = self._bar.format_dict["elapsed"] or 1e-9
-        self._bar.set_postfix_str(f"{self._num_tokens / elapsed:,.0f} tokens/s", refresh=False)
-        self._bar.update(num_chars)
-
-
-def _layer_tokens(resident: Resident, layer: int) -> list[TokenInfo]:
-    memory = resident.memory
-    index, num_new = memory.index, memory.config.tokens_per_injection
-    log = index.long_term
-    rows = log.alive_rows(layer)
-    is_staged = rows >= log.num_merged_rows
-    theta = index.theta_births[layer, index.theta_order[layer]]
-    listed = [
-        ("short_term", theta, index.theta_ages()[layer]),
-        ("long_term", log.births[layer, rows[~is_staged] - log.base_row], index.long_term_ages(layer, rows[~is_staged])),
-        ("staged", log.births[layer, rows[is_staged] - log.base_row], index.long_term_ages(layer, rows[is_staged])),
-    ]
-    infos = []
-    for place, births, ages in listed:
-        for birth, age in zip(births.tolist(), ages.tolist(), strict=True):
-            step, slot = divmod(birth, num_new) if birth >= 0 else (None, None)
-            injection_id = None if step is None else resident.injection_ids[step]
-            infos.append(TokenInfo(layer, cast(Any, place), injection_id, step, slot, birth, age))
-    return infos

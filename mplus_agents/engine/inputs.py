@@ -8,7 +8,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, cast
 
-from mplus_agents.engine.records import ROLES, Document, Message, Role
+from mplus_agents.engine.records import ROLES, Document, Message
 from mplus_agents.engine.text import check_text, decode_utf8
 from mplus_agents.errors import InvalidInputError
 
@@ -64,7 +64,7 @@ def parse_message(argument: str, message: object) -> Message:
     if message.role not in ROLES:
         raise InvalidInputError(f"{argument}.role", message.role, ", ".join(ROLES))
     check_text(f"{argument}.content", message.content)
-    return Message(cast(Role, message.role), message.content)
+    return Message(message.role, message.content)
 
 
 def check_name(argument: str, name: object) -> str:

@@ -44,7 +44,9 @@ class TextCodec:
             reason = str(error).splitlines()[0]
             raise CheckpointError(f"no tokenizer in {str(Path(folder))!r} ({reason})") from error
         if not tokenizer.is_fast:
-            raise CheckpointError(f"the tokenizer in {str(Path(folder))!r} is not a fast one (tokenizer.json is missing)")
+            raise CheckpointError(
+                f"the tokenizer in {str(Path(folder))!r} is not a fast one (tokenizer.json is missing)"
+            )
         return cls(tokenizer)
 
     @property
@@ -54,7 +56,7 @@ class TextCodec:
 
     def fingerprint(self) -> str:
         """Return a digest of everything that decides which tokens a text becomes."""
-        content = self.tokenizer.backend_tokenizer.to_str() + (self.chat_template or "")  # type: ignore[attr-defined]
+        content = self.tokenizer.backend_tokenizer.to_str() + (self.chat_template or "")
         return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
 
     def encode(self, text: str) -> list[int]:
@@ -103,10 +105,8 @@ class TextCodec:
             if is_enough or width >= max_tokens * _CHARS_PER_TOKEN * _MAX_WIDENING:
                 break
             width *= 2
-        if len(offsets) <= max_tokens:
-            end = len(stretch)
-        else:
-            end = _break_before(stretch, max(1, offsets[max_tokens][0]))
+        is_rest = len(offsets) <= max_tokens
+        end = len(stretch) if is_rest else _break_before(stretch, max(1, offsets[max_tokens][0]))
         while True:  # a piece alone may fall into a token or two more than it did within the stretch
             ids = self.encode(stretch[:end])
             if len(ids) <= max_tokens or end == 1:

@@ -144,7 +144,7 @@ class Writer:
             self._has_flush = True
         elif waiting:
             self._notes.append(
-                f"{waiting} tokens keep waiting in the window: the model's minimum for an injection is {self._min_tokens}"
+                f"{waiting} tokens keep waiting in the window: an injection takes at least {self._min_tokens}"
             )
         else:
             self._notes.append("nothing was waiting")

@@ -19,7 +19,7 @@ from mplus_agents.memory.types import BoolArray, FloatArray, IndexChange, IntArr
 
 # Tokens at or under this count leave Θ at a merge (published code: 0.01).
 _MIN_RECALL_COUNT = 0.01
-# Rows of Θ are kept in blocks of this many injections' worth of tokens: few enough pieces to search, small enough to free.
+# Θ's rows are kept in blocks of this many injections' tokens: few pieces to search, small enough to free.
 _BLOCK_INJECTIONS = 64
 _NOTHING: IntArray = np.empty(0, dtype=np.int64)
 
@@ -172,7 +172,8 @@ class MemoryIndex:
         if self.config.rule == "paper":
             return self._ages_since_birth(self.long_term.births[layer, columns])
         since_entry = (self.num_injections - self.long_term.entered[columns]) * self.config.tokens_per_injection
-        return self.long_term.entry_ages[layer, columns] + since_entry
+        ages: IntArray = self.long_term.entry_ages[layer, columns] + since_entry
+        return ages
 
     def placement_keys(self, rows: slice) -> IntArray:
         """Return numbers that order rows of Θ oldest first, as they are placed for reading, [L, r] int64.
@@ -187,7 +188,8 @@ class MemoryIndex:
             return self.long_term.births[:, columns].copy()
         entered = self.long_term.entered[columns] * self.config.tokens_per_injection
         order = (entered - self.long_term.entry_ages[:, columns]) * (1 << 32)
-        return order - np.arange(rows.start, rows.stop, dtype=np.int64)
+        keys: IntArray = order - np.arange(rows.start, rows.stop, dtype=np.int64)
+        return keys
 
     def locate(self) -> TokenPlaces:
         """Return where every token of θ and of Θ (the checkpoint's own Θ left out) sits, sorted by birth."""

@@ -140,7 +140,9 @@ class LongTermMemory:
             row = end
         self.refresh_alive(max(log.base_row, log.first_block_rows), log.num_rows)
 
-    def scatter(self, layers: IntArray, rows: IntArray, tokens: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:
+    def scatter(
+        self, layers: IntArray, rows: IntArray, tokens: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+    ) -> None:
         """Fill single rows of single layers.
 
         Args:

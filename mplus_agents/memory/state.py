@@ -76,6 +76,7 @@ class MemoryState:
         self.device = device
         self.dtype = dtype
         self._genesis = genesis
+        self.tail_hidden: torch.Tensor | None = None
         self._start(MemoryIndex(config, genesis.index if genesis else None))
         if genesis:
             self.theta, self.tail_hidden = genesis.theta, genesis.tail_hidden
@@ -84,7 +85,7 @@ class MemoryState:
     def _start(self, index: MemoryIndex) -> None:
         self.index = index
         self.long_term = LongTermMemory(index, self.device, self.dtype)
-        self.tail_hidden: torch.Tensor | None = None
+        self.tail_hidden = None
         self.theta = self._new_theta(0)
         self._owns_theta = False
         self._theta_positions: torch.Tensor | None = None
@@ -122,7 +123,7 @@ class MemoryState:
         return torch.from_numpy(self.index.long_term_ages(layer, self._merged_rows(layer)))
 
     def recall_counts(self, layer: int) -> torch.Tensor:
-        """Return the recall counts of Θ's tokens in the order of entry, [size] float32; the rule `paper` keeps them at 0.
+        """Return the recall counts of Θ's tokens in the order of entry, [size] float32; all 0 under the rule `paper`.
 
         Args:
             layer: The layer.
@@ -138,9 +139,11 @@ class MemoryState:
         """
         available = self.long_term_sizes.numpy()
         num_retrieved = self.config.num_retrieved
-        if self.config.rule == "released":
-            return np.where(available > 0, num_retrieved, 0)
-        return np.minimum(available, num_retrieved)
+        is_released = self.config.rule == "released"
+        slots: IntArray = (
+            np.where(available > 0, num_retrieved, 0) if is_released else np.minimum(available, num_retrieved)
+        )
+        return slots
 
     def retrieve(self, layer: int, queries: torch.Tensor) -> IntArray:
         """Find the rows of Θ that a read places in one layer, oldest first (paper 3.2.1, 3.2.2).
@@ -185,7 +188,7 @@ class MemoryState:
         return keys, values
 
     def theta_positions(self) -> torch.Tensor:
-        """Return the position in θ's order of every slot of θ's tensors, [L, theta_size] int64, on the memory's device."""
+        """Return the position in θ's order of every slot of θ's tensors, [L, theta_size] int64, on their device."""
         if self._theta_positions is None:
             positions = np.stack([self.index.theta_positions(layer) for layer in range(self.config.num_layers)])
             self._theta_positions = torch.from_numpy(positions).to(self.device)
@@ -224,8 +227,8 @@ class MemoryState:
         layers = torch.arange(self.config.num_layers, device=self.device)[:, None]
         if self.config.has_long_term and positions.shape[1]:
             slots = torch.from_numpy(change.dropped_slots).to(self.device)
-            leaving = [part[layers, slots] for part in _parts(self.theta)]
-            self.long_term.append(*leaving, first_row=change.first_row)
+            keys, values, retrieval_keys = (part[layers, slots] for part in _parts(self.theta))
+            self.long_term.append(keys, values, retrieval_keys, change.first_row)
         self._grow_theta()
         slots = torch.from_numpy(change.new_slots).to(self.device)
         for part, new in zip(_parts(self.theta), (delta.keys, delta.values, delta.retrieval_keys), strict=True):

@@ -7,6 +7,7 @@ size, h_kv key/value heads, d_h head width, p retrieval width.
 from __future__ import annotations
 
 from mplus_agents.model.decoding import GenerationOptions
-from mplus_agents.model.mplus import MPlusModel, ReadOutput
+from mplus_agents.model.mplus import MPlusModel
+from mplus_agents.model.parts import ReadOutput
 
 __all__ = ["GenerationOptions", "MPlusModel", "ReadOutput"]

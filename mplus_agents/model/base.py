@@ -8,6 +8,7 @@ from os import PathLike
 from typing import Any, TypeVar, cast
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -18,7 +19,8 @@ from mplus_agents.model.families import check_supported, head_dim
 from mplus_agents.model.fingerprint import Fingerprint
 from mplus_agents.model.layout import adapter_linears, expected_tensors, lora_names, retriever_prefix
 from mplus_agents.model.loading import LoadOptions, describe_model
-from mplus_agents.model.mplus import ModelParts, MPlusModel
+from mplus_agents.model.mplus import MPlusModel
+from mplus_agents.model.parts import ModelParts
 from mplus_agents.model.retriever import LayerRetriever
 
 M = TypeVar("M", bound=MPlusModel)
@@ -56,12 +58,18 @@ def load_base(
         check_supported(decoder_config)
         config = _config(decoder_config, memory_options)
         dtype = options.dtype or getattr(decoder_config, "dtype", None) or torch.float32
-        decoder = AutoModelForCausalLM.from_pretrained(
-            path_or_hub_id, dtype=dtype, attn_implementation=options.attention
+        decoder, info = AutoModelForCausalLM.from_pretrained(
+            path_or_hub_id,
+            dtype=dtype,
+            attn_implementation=options.attention,
+            use_safetensors=True,
+            output_loading_info=True,
         )
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise CheckpointError(f"no decoder at {str(path_or_hub_id)!r}: {str(error).splitlines()[0]}") from error
-    decoder.to(options.device).requires_grad_(False)
+    if info["missing_keys"]:  # transformers fills them with random numbers
+        raise CheckpointError("tensors are missing", sorted(info["missing_keys"]))
+    cast(nn.Module, decoder).to(options.device).requires_grad_(False)
     with torch.no_grad():
         # Out of the memory-mapped file: its odd alignment would make matrix products round differently.
         for parameter in decoder.parameters():

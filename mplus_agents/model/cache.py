@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from mplus_agents.model.mplus import MPlusModel
 
 
-class BufferLayer(CacheLayerMixin):
+class BufferLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     """Keys and values of one layer in a buffer allocated once: a prefix, then what attention adds.
 
     Args:
@@ -32,9 +32,11 @@ class BufferLayer(CacheLayerMixin):
     """
 
     is_sliding = False
+    keys: torch.Tensor  # made by `allocate`
+    values: torch.Tensor
 
     def __init__(self, num_prefix: int, capacity: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.length = num_prefix
         self.capacity = capacity
 
@@ -57,7 +59,6 @@ class BufferLayer(CacheLayerMixin):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append [b, h_kv, n, d_h] and return all keys and values so far."""
-        assert self.keys is not None and self.values is not None
         end = self.length + key_states.shape[2]
         self.keys[:, :, self.length : end] = key_states
         self.values[:, :, self.length : end] = value_states
@@ -79,6 +80,20 @@ class BufferLayer(CacheLayerMixin):
     def get_max_cache_shape(self) -> int:
         """Return the capacity in slots, under the name that older transformers releases call."""
         return self.capacity
+
+
+class PrefixCache(Cache):
+    """A transformers cache whose layers start with a prefix of memory slots.
+
+    Args:
+        num_layers: Layers L.
+        num_prefix: Slots of the prefix.
+        capacity: Slots in all.
+    """
+
+    def __init__(self, num_layers: int, num_prefix: int, capacity: int) -> None:
+        self.buffers = [BufferLayer(num_prefix, capacity) for _ in range(num_layers)]
+        super().__init__(layers=list(self.buffers))
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +119,8 @@ class ReadLayout:
     @property
     def row_lengths(self) -> IntArray:
         """[b], slots before the prompt: where its positions start."""
-        return 1 + self.retrieved.max(axis=1) + self.theta
+        lengths: IntArray = 1 + self.retrieved.max(axis=1) + self.theta
+        return lengths
 
     @property
     def num_prefix(self) -> int:
@@ -113,10 +129,11 @@ class ReadLayout:
 
     def empty_slots(self) -> IntArray:
         """[b, L], empty slots in front of each row and layer."""
-        return self.num_prefix - (1 + self.retrieved + self.theta[:, None])
+        empty: IntArray = self.num_prefix - (1 + self.retrieved + self.theta[:, None])
+        return empty
 
 
-class ReadCache(Cache):
+class ReadCache(PrefixCache):
     """The cache of one read: prompt, then decoding, over a batch of memories.
 
     Args:
@@ -142,8 +159,7 @@ class ReadCache(Cache):
         self._empty = self.layout.empty_slots()
         num_prefix = self.layout.num_prefix
         capacity = num_prefix + num_prompt + max_new_tokens
-        num_layers = len(self._empty[0])
-        super().__init__(layers=[BufferLayer(num_prefix, capacity) for _ in range(num_layers)])
+        super().__init__(len(self._empty[0]), num_prefix, capacity)
         self.retrieved: list[list[IntArray]] = [[] for _ in memories]
         self._cos, self._sin = model.rope_table(num_prefix)
 
@@ -160,7 +176,7 @@ class ReadCache(Cache):
         Returns:
             The mask to use.
         """
-        layer = self.layers[layer_idx]
+        layer = self.buffers[layer_idx]
         if not layer.is_initialized:
             layer.allocate((len(self._memories), *self._model.head_shape), like=normed)
             for row, memory in enumerate(self._memories):
@@ -171,7 +187,7 @@ class ReadCache(Cache):
         return self._mask_empty(empty, layer.get_seq_length() + normed.shape[1], normed, attention_mask)
 
     def _fill(self, layer_idx: int, row: int, memory: MemoryState, normed: torch.Tensor) -> None:
-        keys, values = self.layers[layer_idx].keys[row], self.layers[layer_idx].values[row]
+        keys, values = self.buffers[layer_idx].keys[row], self.buffers[layer_idx].values[row]
         num_prefix, num_theta = self.layout.num_prefix, int(self.layout.theta[row])
         num_retrieved = int(self.layout.retrieved[row, layer_idx])
         first = num_prefix - num_theta - num_retrieved - 1
@@ -180,7 +196,7 @@ class ReadCache(Cache):
         keys[:, first], values[:, first] = bos_keys, bos_values  # position 0 does not rotate
         if num_retrieved:
             mask = None if self._query_mask is None else self._query_mask[row]
-            queries = self._model.retrievers[layer_idx].queries(normed if mask is None else normed[mask])
+            queries = self._model.retriever(layer_idx).queries(normed if mask is None else normed[mask])
             rows = memory.retrieve(layer_idx, queries)
             self.retrieved[row].append(rows)
             picked_keys, picked_values = memory.long_term_tokens(layer_idx, rows)
@@ -212,7 +228,7 @@ class ReadCache(Cache):
         return attention_mask.masked_fill(blocked, fill)
 
 
-class WriteCache(Cache):
+class WriteCache(PrefixCache):
     """The cache of one write: a prefix per layer, and what the layers put out.
 
     Args:
@@ -230,7 +246,7 @@ class WriteCache(Cache):
         self.num_memory_queries = self.num_queries - num_text
         self.num_prefix = 1 + tail.shape[2] - self.num_memory_queries
         capacity = self.num_prefix + self.num_queries
-        super().__init__(layers=[BufferLayer(self.num_prefix, capacity) for _ in range(tail.shape[1])])
+        super().__init__(tail.shape[1], self.num_prefix, capacity)
         self._cos, self._sin = model.rope_table(self.num_prefix)
         self.new_hidden: list[torch.Tensor] = []
 
@@ -253,7 +269,7 @@ class WriteCache(Cache):
         bos = self._model.bos_embedding[layer_idx].expand(len(tail), 1, -1)
         prefix = torch.cat([bos, tail[:, :num_prefix_tail]], dim=1)
         keys, values = project_key_value(self._model.write_layer(layer_idx), prefix)
-        layer = self.layers[layer_idx]
+        layer = self.buffers[layer_idx]
         layer.allocate((len(tail), *self._model.head_shape), like=hidden)
         for row in range(len(tail)):
             layer.keys[row, :, : self.num_prefix] = rotate(keys[row], self._cos, self._sin).transpose(0, 1)

@@ -14,7 +14,7 @@ from typing import Any, Literal, Self
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from transformers import PretrainedConfig
 
@@ -176,7 +176,10 @@ class CheckpointFiles:
     def _list_tensors(self) -> dict[str, str]:
         index_path = self.folder / "model.safetensors.index.json"
         if index_path.is_file():
-            weight_map: dict[str, str] = json.loads(index_path.read_text(encoding="utf-8"))["weight_map"]
+            try:
+                weight_map: dict[str, str] = dict(json.loads(index_path.read_text(encoding="utf-8"))["weight_map"])
+            except (ValueError, TypeError, KeyError) as error:
+                raise CheckpointError(f"{index_path.name} is not an index of tensors: {error!r}") from error
             missing = sorted(name for name in set(weight_map.values()) if not (self.folder / name).is_file())
             if missing:
                 raise CheckpointError("files named by the index are missing", missing)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
 from transformers import (
@@ -52,7 +52,7 @@ class GenerationOptions:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.max_new_tokens, bool) or not isinstance(self.max_new_tokens, int) or self.max_new_tokens < 1:
+        if type(self.max_new_tokens) is not int or self.max_new_tokens < 1:
             raise InvalidInputError("max_new_tokens", self.max_new_tokens, "a whole number from 1")
         if not self.temperature > 0:
             raise InvalidInputError("temperature", self.temperature, "a number above 0 (do_sample=False for greedy)")
@@ -121,7 +121,7 @@ def decode(
     sequence, step_ids = input_ids, input_ids
     for _ in range(options.max_new_tokens):
         logits = model.forward_cached(step_ids, cache, logits_to_keep=1)[:, -1].float()
-        scores = processors(sequence, logits)
+        scores = processors(cast(torch.LongTensor, sequence), cast(torch.FloatTensor, logits))
         if options.do_sample:
             chosen = torch.multinomial(scores.softmax(-1), 1, generator=generator)[:, 0]
         else:

@@ -5,7 +5,7 @@ Everything here is about unmodified transformers modules: no class of theirs is 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -93,4 +93,5 @@ def rotate(keys: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Te
     Returns:
         [m, h_kv, d_h].
     """
-    return (keys * cos[:, None]) + (rotate_half(keys) * sin[:, None])
+    half_turned = cast(torch.Tensor, rotate_half(keys))  # type: ignore[no-untyped-call]
+    return keys * cos[:, None] + half_turned * sin[:, None]

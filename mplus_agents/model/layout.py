@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from mplus_agents.config import AdapterConfig, MPlusConfig
 from mplus_agents.errors import CheckpointError
@@ -97,7 +98,7 @@ def genesis_names(config: MPlusConfig) -> list[str]:
     return ["memory", *(f"{field}.{layer}" for field in fields for layer in range(config.memory.num_layers))]
 
 
-def expected_tensors(decoder: nn.Module, config: MPlusConfig, has_genesis: bool) -> ExpectedTensors:
+def expected_tensors(decoder: PreTrainedModel, config: MPlusConfig, has_genesis: bool) -> ExpectedTensors:
     """List what a checkpoint must hold.
 
     Args:
@@ -109,10 +110,11 @@ def expected_tensors(decoder: nn.Module, config: MPlusConfig, has_genesis: bool)
     optional: dict[str, Shape] = dict.fromkeys(_OPTIONAL_NAMES, ())
     parameters: dict[str, str] = {}
     targets = adapter_linears(decoder, config.adapters)
+    is_tying = bool(decoder.config.tie_word_embeddings)
     for name, tensor in decoder.state_dict().items():
         owner, _, leaf = name.rpartition(".")
         file_name = f"{owner}{_BASE_LAYER}{leaf}" if owner in targets else name
-        is_tied = name == "lm_head.weight" and decoder.config.tie_word_embeddings
+        is_tied = name == "lm_head.weight" and is_tying
         (optional if is_tied else required)[file_name] = tuple(tensor.shape)
         parameters[name] = file_name
     for linear, (num_out, num_in) in targets.items():

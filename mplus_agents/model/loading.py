@@ -1,4 +1,4 @@
-"""Loads a checkpoint shard by shard: everything is checked from the headers first, then each tensor goes to its place."""
+"""Loads a checkpoint shard by shard: everything is checked from the headers, then each tensor goes to its place."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from mplus_agents.model.checkpoint import CheckpointFiles, translate_config
 from mplus_agents.model.families import check_supported
 from mplus_agents.model.fingerprint import Fingerprint, architecture
 from mplus_agents.model.layout import ExpectedTensors, expected_tensors, genesis_names, lora_names, retriever_prefix
-from mplus_agents.model.mplus import ModelParts, MPlusModel
+from mplus_agents.model.mplus import MPlusModel
+from mplus_agents.model.parts import ModelParts
 from mplus_agents.model.retriever import LayerRetriever
 
 M = TypeVar("M", bound=MPlusModel)
@@ -72,9 +73,7 @@ class LoadOptions:
         if resolved.type == "cuda" and not torch.cuda.is_available():
             raise InvalidInputError("device", device, "'cpu': this PyTorch sees no CUDA device")
         rule = cast(MemoryRule | None, memory_rule)
-        return cls(
-            resolved, _dtype("dtype", dtype), attention, rule, _dtype("rope_inv_freq", rope_inv_freq)
-        )
+        return cls(resolved, _dtype("dtype", dtype), attention, rule, _dtype("rope_inv_freq", rope_inv_freq))
 
 
 def load_model(cls: type[M], path_or_hub_id: str | PathLike[str], options: LoadOptions) -> M:
@@ -92,7 +91,9 @@ def load_model(cls: type[M], path_or_hub_id: str | PathLike[str], options: LoadO
     files = CheckpointFiles.open(path_or_hub_id)
     shapes = files.shapes()
     decoder_config = read_decoder_config(files)
-    key_shape = shapes.get(f"{retriever_prefix(0, 'key_proj')}2.weight", (0,))
+    # Without the tensor the config's word serves, so that the tensor is what is reported as missing.
+    told = (files.config.get("selector_hidden_dim", 0) if files.layout == "mplus" else 0,)
+    key_shape = shapes.get(f"{retriever_prefix(0, 'key_proj')}2.weight", told)
     config = translate_config(files, decoder_config, key_shape[0], options.memory_rule)
     decoder = build_decoder(decoder_config, options, device="meta")
     has_genesis = files.layout != "own" or "memory" in shapes
@@ -118,7 +119,7 @@ def read_decoder_config(files: CheckpointFiles) -> PretrainedConfig:
     except (ValueError, TypeError, KeyError, OSError) as error:
         raise ConfigError(f"config.json is not a decoder's configuration: {error}") from error
     check_supported(config)
-    return config
+    return cast(PretrainedConfig, config)
 
 
 def build_decoder(config: PretrainedConfig, options: LoadOptions, device: str) -> PreTrainedModel:
@@ -134,13 +135,17 @@ def build_decoder(config: PretrainedConfig, options: LoadOptions, device: str) -
     """
     try:
         with torch.device(device):
-            decoder = AutoModelForCausalLM.from_config(config, attn_implementation=options.attention)
+            decoder = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                config, attn_implementation=options.attention
+            )
     except ImportError as error:
         raise InvalidInputError("attn_implementation", options.attention, f"an installed one ({error})") from error
     return cast(PreTrainedModel, decoder)
 
 
-def describe_model(decoder: PreTrainedModel, config: MPlusConfig, dtype: torch.dtype, rope: torch.dtype) -> dict[str, str]:
+def describe_model(
+    decoder: PreTrainedModel, config: MPlusConfig, dtype: torch.dtype, rope: torch.dtype
+) -> dict[str, str]:
     """Return the fields of a model's fingerprint that are not digests of tensors."""
     memory = " ".join(f"{key}={value}" for key, value in sorted(config.memory.to_dict().items()))
     return {
@@ -159,8 +164,8 @@ def finish_rotary(decoder: PreTrainedModel, device: torch.device, precision: tor
         device: Where to put them.
         precision: The precision to round to; float32 leaves them as they are.
     """
-    inner = cast(nn.Module, decoder.model)
-    rotary = type(inner.rotary_emb)(config=decoder.config)  # type: ignore[operator]
+    inner = cast(Any, decoder.model)
+    rotary = type(inner.rotary_emb)(config=decoder.config)
     rotary.to(device)
     for name in ("inv_freq", "original_inv_freq"):
         if hasattr(rotary, name):
@@ -228,6 +233,9 @@ def _fill(
     model = cls(config, parts, source=str(files.folder))
     if has_genesis and not _is_uninitialized(rest):
         model.genesis = _load_genesis(files, model, target, fingerprint)
+    else:
+        for name in genesis:  # not used, but part of the files that `save_pretrained` compares
+            fingerprint.add(name, files.get(name))
     model.fingerprint.update(fingerprint.digests())
     return model
 

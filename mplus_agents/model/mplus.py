@@ -5,61 +5,22 @@ It holds weights only. Which memory a call works on is an argument, and no call 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from os import PathLike
 from typing import Any, Self, cast
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from mplus_agents.config import MemoryRule, MPlusConfig
-from mplus_agents.errors import InvalidInputError
 from mplus_agents.memory import Genesis, MemoryDelta, MemoryState
-from mplus_agents.model.adapters import LoraPair, build_write_decoder
+from mplus_agents.model.adapters import build_write_decoder
 from mplus_agents.model.cache import ReadCache, WriteCache
 from mplus_agents.model.decoding import GenerationOptions, decode
 from mplus_agents.model.families import layer_parts, project_key_value
 from mplus_agents.model.hooks import install_read_hooks, install_write_hooks
+from mplus_agents.model.parts import Memories, ModelParts, ReadOutput, check_call
 from mplus_agents.model.retriever import LayerRetriever
-
-Memories = MemoryState | Sequence[MemoryState]
-
-
-@dataclass(frozen=True, slots=True)
-class ModelParts:
-    """What a loader hands over to build a model from.
-
-    Attributes:
-        decoder: The transformers causal language model, the read adapter fused.
-        adapters: Adapters by the name of their linear layer in the decoder without its head; empty without adapters.
-        retrievers: One per layer; empty for MemoryLLM.
-        bos_embedding: [L, 1, d], every layer's own beginning-of-sequence row.
-        new_memory_positional_emb: [1, 1, d], added to the rows that become memory.
-        fingerprint: Digests that identify the weights, by part.
-    """
-
-    decoder: PreTrainedModel
-    adapters: Mapping[str, LoraPair]
-    retrievers: Sequence[LayerRetriever]
-    bos_embedding: torch.Tensor
-    new_memory_positional_emb: torch.Tensor
-    fingerprint: Mapping[str, str]
-
-
-@dataclass(frozen=True, slots=True)
-class ReadOutput:
-    """What a read returns.
-
-    Attributes:
-        logits: [b, n, vocab].
-        retrieved: Per layer, [at most K0] int64: the places in Θ's order of entry, staged tokens last, of the tokens
-            read, in the order in which they were placed (oldest first). For a list of memories, one such list each.
-    """
-
-    logits: torch.Tensor
-    retrieved: list[Any]
 
 
 class MPlusModel(nn.Module):
@@ -88,7 +49,9 @@ class MPlusModel(nn.Module):
         install_write_hooks(cast(nn.ModuleList, self.write_decoder.layers))
         self._rope: tuple[torch.Tensor, torch.Tensor] | None = None
         with torch.no_grad():
-            bos = [project_key_value(layer, row) for layer, row in zip(self._read_layers, self.bos_embedding, strict=True)]
+            bos = [
+                project_key_value(layer, row) for layer, row in zip(self._read_layers, self.bos_embedding, strict=True)
+            ]
         self._bos_key_values = [(keys[0], values[0]) for keys, values in bos]
         self.eval()
 
@@ -215,9 +178,7 @@ class MPlusModel(nn.Module):
         Args:
             seed: The agent's seed, from which all its draws follow.
         """
-        return MemoryState(
-            self.config.memory, seed=seed, genesis=self.genesis, device=self.device, dtype=self.dtype
-        )
+        return MemoryState(self.config.memory, seed=seed, genesis=self.genesis, device=self.device, dtype=self.dtype)
 
     @torch.no_grad()
     def write(self, input_ids: torch.Tensor, memory: Memories) -> Any:
@@ -233,10 +194,12 @@ class MPlusModel(nn.Module):
         Raises:
             InvalidInputError: A shape, a token id or a memory does not fit.
         """
-        memories = self._check_call(input_ids, memory)
+        memories = check_call(self, input_ids, memory)
         deltas: dict[int, MemoryDelta] = {}
         for rows in _group_by(memories, lambda state: state.tail_hidden is not None):
-            for row, delta in zip(rows, self._write_rows(input_ids[rows], [memories[row] for row in rows]), strict=True):
+            for row, delta in zip(
+                rows, self._write_rows(input_ids[rows], [memories[row] for row in rows]), strict=True
+            ):
                 deltas[row] = delta
         return deltas[0] if isinstance(memory, MemoryState) else [deltas[row] for row in range(len(memories))]
 
@@ -254,7 +217,7 @@ class MPlusModel(nn.Module):
         Raises:
             InvalidInputError: A shape, a token id or a memory does not fit.
         """
-        memories = self._check_call(input_ids, memory, query_mask)
+        memories = check_call(self, input_ids, memory, query_mask)
         cache = ReadCache(self, memories, input_ids.shape[1], query_mask)
         logits = self.forward_cached(input_ids, cache)
         retrieved = [
@@ -290,7 +253,7 @@ class MPlusModel(nn.Module):
             InvalidInputError: A value, a shape, a token id or a memory does not fit.
         """
         chosen = GenerationOptions.from_kwargs(max_new_tokens=max_new_tokens, do_sample=do_sample, **options)
-        memories = self._check_call(input_ids, memory, query_mask)
+        memories = check_call(self, input_ids, memory, query_mask)
         return torch.stack(list(decode(self, input_ids, memories, chosen, query_mask)), dim=1)
 
     def project(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -320,8 +283,7 @@ class MPlusModel(nn.Module):
         keys, values = project_key_value(layer, hidden)
         if not len(self.retrievers):
             return keys, values, hidden.new_zeros((len(hidden), 0))
-        retriever = cast(LayerRetriever, self.retrievers[layer_idx])
-        return keys, values, retriever.keys(layer_parts(layer)[0](hidden))
+        return keys, values, self.retriever(layer_idx).keys(layer_parts(layer)[0](hidden))
 
     def forward_cached(self, input_ids: torch.Tensor, cache: ReadCache, logits_to_keep: int = 0) -> torch.Tensor:
         """Run the decoder over a call's cache.
@@ -361,6 +323,10 @@ class MPlusModel(nn.Module):
         """Return key and value of a layer's bos row for reading, each [h_kv, d_h]."""
         return self._bos_key_values[layer_idx]
 
+    def retriever(self, layer_idx: int) -> LayerRetriever:
+        """Return a layer's retriever."""
+        return cast(LayerRetriever, self.retrievers[layer_idx])
+
     def write_layer(self, layer_idx: int) -> nn.Module:
         """Return a decoder layer of the write pass."""
         return cast(nn.ModuleList, self.write_decoder.layers)[layer_idx]
@@ -386,29 +352,10 @@ class MPlusModel(nn.Module):
         num_rows = max(0, self.config.memory.tokens_per_injection - num_text)
         return self.bos_embedding[None].expand(len(memories), -1, num_rows, -1)
 
-    def _check_call(
-        self, input_ids: torch.Tensor, memory: Memories, query_mask: torch.Tensor | None = None
-    ) -> list[MemoryState]:
-        memories = [memory] if isinstance(memory, MemoryState) else list(memory)
-        if input_ids.ndim != 2 or input_ids.shape[1] == 0 or input_ids.dtype != torch.int64:
-            given = f"{list(input_ids.shape)} {input_ids.dtype}"
-            raise InvalidInputError("input_ids", given, "[b, n] int64 with at least one token per row")
-        if len(memories) != len(input_ids):
-            raise InvalidInputError("memory", f"{len(memories)} memories", f"one per row of input_ids ({len(input_ids)})")
-        vocab_size = self.decoder.config.vocab_size
-        if int(input_ids.min()) < 0 or int(input_ids.max()) >= vocab_size:
-            raise InvalidInputError("input_ids", f"token {int(input_ids.max())}", f"token ids from 0 to {vocab_size - 1}")
-        if any(state.config != self.config.memory for state in memories):
-            raise InvalidInputError("memory", "made for another shape or rule", "a memory of this model")
-        is_mask = query_mask is None or (query_mask.dtype == torch.bool and query_mask.shape == input_ids.shape)
-        if query_mask is not None and not (is_mask and query_mask.any(dim=1).all()):
-            raise InvalidInputError("query_mask", f"{list(query_mask.shape)} {query_mask.dtype}", "[b, n] bool with at least one True per row")
-        return memories
 
-
-def _group_by(memories: Sequence[MemoryState], key: Any) -> list[list[int]]:
+def _group_by(memories: Sequence[MemoryState], key: Callable[[MemoryState], object]) -> list[list[int]]:
     """Return the rows of each group, as far as they are not empty."""
-    groups: dict[Any, list[int]] = {}
+    groups: dict[object, list[int]] = {}
     for row, memory in enumerate(memories):
         groups.setdefault(key(memory), []).append(row)
     return list(groups.values())

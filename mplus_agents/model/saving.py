@@ -49,7 +49,8 @@ def save_model(model: MPlusModel, folder: str | PathLike[str]) -> None:
     else:
         tensors = {name: tensor.detach().contiguous() for name, tensor in state_tensors(model).items()}
         save_torch_state_dict(tensors, target)
-    model.decoder.generation_config.save_pretrained(str(target))  # type: ignore[union-attr]
+    if model.decoder.generation_config is not None:
+        model.decoder.generation_config.save_pretrained(str(target))
     # The config last: without it the folder is no checkpoint, so an interrupted save cannot be loaded by mistake.
     (target / "config.json").write_text(json.dumps(_config(model), indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
