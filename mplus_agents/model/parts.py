@@ -73,7 +73,7 @@ def check_call(
         InvalidInputError: A shape, a token id or a memory does not fit.
     """
     memories = [memory] if isinstance(memory, MemoryState) else list(memory)
-    if input_ids.ndim != 2 or input_ids.shape[1] == 0 or input_ids.dtype != torch.int64:
+    if input_ids.ndim != 2 or not input_ids.numel() or input_ids.dtype != torch.int64:
         given = f"{list(input_ids.shape)} {input_ids.dtype}"
         raise InvalidInputError("input_ids", given, "[b, n] int64 with at least one token per row")
     if len(memories) != len(input_ids):

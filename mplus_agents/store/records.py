@@ -177,8 +177,8 @@ class CommitRecord:
         agent_id: The agent that made it.
         step: Number of its injection in the chain, from 0.
         injection_id: Its injection.
-        dropped: int32 [L, k], the θ slots that left at each layer; k may be 0.
-        evicted: int64 [L, e], what left Θ at each layer; e may be 0.
+        dropped: int32 [L, k], positions in θ's order that left at each layer; k may be 0.
+        evicted: int64 [L, e], births of what left Θ at each layer; e may be 0.
         created_at: When it was stored, UTC.
     """
 
