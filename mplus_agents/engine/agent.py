@@ -74,14 +74,14 @@ class Agent:
             What was made durable, or why nothing was injected.
 
         Raises:
-            InvalidInputError: Something cannot be remembered; what came before it in an iterator has been stored.
+            InvalidInputError: Something cannot be remembered. Nothing was stored, but for what an iterator gave before.
             ConflictError: Another process wrote to the agent at the same time; call again.
             StoreError: The database failed; the message says so, and everything acknowledged before is still there.
         """
         items = parse_memories(memories, source_id)
         with self._open_to_write() as resident, ProgressBar(progress) as bar:
             writer = self._writer(resident, bar)
-            for item in items:
+            for item in _until_error(items, writer):
                 if isinstance(item, Document):
                     bar.expect(len(item.text))
                     writer.add_document(item)
@@ -126,7 +126,7 @@ class Agent:
         with self._open() as resident:
             prompt = question_prompt(self._mplus.codec, resident.window_text, question)
             answering = self._begin(resident, prompt, max_new_tokens, options)
-        return answering.finish().text
+        return answering.finish().text.rstrip()
 
     def chat(self, message: str | Message, *, max_new_tokens: int | None = None, **options: Any) -> str:
         """Answer a turn of a conversation, then remember the turn and the answer.
@@ -337,3 +337,16 @@ class Agent:
         answer = "".join(pieces)
         turns = [turn, Message("assistant", answer)] if answer.strip() else [turn]
         self.remember(turns, progress=False)
+
+
+def _until_error(items: Iterator[Message | Document], writer: Writer) -> Iterator[Message | Document]:
+    """Go through items; if the next one cannot be had, what came before it is stored first."""
+    while True:
+        try:
+            item = next(items)
+        except StopIteration:
+            return
+        except BaseException:
+            writer.commit()
+            raise
+        yield item

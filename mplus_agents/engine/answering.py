@@ -105,7 +105,7 @@ class Answering:
         """Decode to the end and return the whole answer."""
         for _ in self:
             pass
-        return Generation(self.text.strip(), self.num_prompt_tokens, self.num_new_tokens, self.finish_reason)
+        return Generation(self.text, self.num_prompt_tokens, self.num_new_tokens, self.finish_reason)
 
     @property
     def num_new_tokens(self) -> int:

@@ -154,7 +154,7 @@ class ReadCache(PrefixCache):
     ) -> None:
         self._model = model
         self._memories = memories
-        self._query_mask = query_mask
+        self._query_mask = None if query_mask is None else query_mask.to(model.device)
         self.layout = ReadLayout.of(memories)
         self._empty = self.layout.empty_slots()
         num_prefix = self.layout.num_prefix

@@ -195,6 +195,7 @@ class MPlusModel(nn.Module):
             InvalidInputError: A shape, a token id or a memory does not fit.
         """
         memories = check_call(self, input_ids, memory)
+        input_ids = input_ids.to(self.device)
         deltas: dict[int, MemoryDelta] = {}
         for rows in _group_by(memories, lambda state: state.tail_hidden is not None):
             for row, delta in zip(
@@ -219,7 +220,7 @@ class MPlusModel(nn.Module):
         """
         memories = check_call(self, input_ids, memory, query_mask)
         cache = ReadCache(self, memories, input_ids.shape[1], query_mask)
-        logits = self.forward_cached(input_ids, cache)
+        logits = self.forward_cached(input_ids.to(self.device), cache)
         retrieved = [
             [state.entry_positions(layer, rows) for layer, rows in enumerate(per_layer)]
             for state, per_layer in zip(memories, cache.retrieved, strict=True)
@@ -254,7 +255,7 @@ class MPlusModel(nn.Module):
         """
         chosen = GenerationOptions.from_kwargs(max_new_tokens=max_new_tokens, do_sample=do_sample, **options)
         memories = check_call(self, input_ids, memory, query_mask)
-        return torch.stack(list(decode(self, input_ids, memories, chosen, query_mask)), dim=1)
+        return torch.stack(list(decode(self, input_ids.to(self.device), memories, chosen, query_mask)), dim=1)
 
     def project(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Turn hidden states into what a memory keeps of them.

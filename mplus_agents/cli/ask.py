@@ -1,0 +1,52 @@
+"""`mplus ask`: one question, one answer, nothing written."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from mplus_agents.cli.options import (
+    DEFAULT_AGENT,
+    DEFAULT_MODEL,
+    DEFAULT_NAMESPACE,
+    DEFAULT_STORE,
+    AgentOption,
+    DeviceOption,
+    MaxNewTokensOption,
+    ModelOption,
+    NamespaceOption,
+    StoreOption,
+)
+from mplus_agents.cli.output import print_json, printable, working
+from mplus_agents.cli.session import Session
+
+
+def ask(
+    question: Annotated[str, typer.Argument(help="The question; quote it.")],
+    *,
+    agent: AgentOption = DEFAULT_AGENT,
+    namespace: NamespaceOption = DEFAULT_NAMESPACE,
+    model: ModelOption = DEFAULT_MODEL,
+    store: StoreOption = DEFAULT_STORE,
+    device: DeviceOption = None,
+    max_new_tokens: MaxNewTokensOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print {question, answer} as JSON.")] = False,
+) -> None:
+    """Answer one question from memory.
+
+    [bold]The memory stays as it is:[/] neither the question nor the answer is remembered. The agent must exist.
+
+    \b
+      [dim]$[/] mplus ask "Where does Maya live?" --agent alice
+    """
+    session = Session(agent, namespace, model, store, device)
+    with session.open(create=False) as opened:
+        if not as_json:
+            session.warn_of_noise()
+        with working("answering"):
+            answer = opened.ask(question, max_new_tokens=max_new_tokens)
+    if as_json:
+        print_json({"question": question, "answer": answer})
+    else:
+        typer.echo(printable(answer))

@@ -1,0 +1,119 @@
+"""From options to a store, an engine and an agent; heavy imports happen here, when a command runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mplus_agents.cli.output import note, working
+from mplus_agents.errors import StoreError
+
+if TYPE_CHECKING:
+    from mplus_agents.engine import Agent, MPlus
+    from mplus_agents.store import Store
+
+_TINY_MODEL = "mplus-tiny"
+_TINY_NOTE = (
+    "mplus-tiny has random weights for now: its memory works, but its answers are noise. "
+    "For answers, choose a trained model with --model."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """What the options of a command say.
+
+    Attributes:
+        agent: The agent's name.
+        namespace: Its namespace.
+        model: The model.
+        store: URL of the database.
+        device: Where to load the model; the first GPU, else the CPU, if None.
+    """
+
+    agent: str
+    namespace: str
+    model: str
+    store: str
+    device: str | None
+
+    @contextmanager
+    def open(self, *, create: bool) -> Iterator[Agent]:
+        """Load the model and open the agent; the store is closed at the end.
+
+        Args:
+            create: Create the agent, and the database, if there is none.
+
+        Yields:
+            The agent.
+
+        Raises:
+            AgentNotFoundError: There is no such agent, and `create` is False.
+            MPlusError: Model, store or agent cannot be opened.
+        """
+        if not create:
+            require_database(self.store)
+        with working(f"loading {self.model}"):
+            from mplus_agents.engine import MPlus
+
+            mplus = MPlus.from_pretrained(self.model, store=self.store, device=self.device)
+        with mplus:
+            is_new = create and not _exists(mplus, self.namespace, self.agent)
+            agent = mplus.agent(self.agent, namespace=self.namespace, create=create)
+            if is_new:
+                note(f"agent {self.agent!r} is new in {mplus.store.url}")
+            yield agent
+
+    def warn_of_noise(self) -> None:
+        """Say on stderr that the built-in model cannot answer yet, if it is the one in use."""
+        if self.model == _TINY_MODEL:
+            note(_TINY_NOTE)
+
+
+@contextmanager
+def open_store(url: str) -> Iterator[Store]:
+    """Open a database that exists; no model is loaded.
+
+    Args:
+        url: The database.
+
+    Yields:
+        The store.
+
+    Raises:
+        StoreError: There is no such database, or it cannot be opened.
+    """
+    require_database(url)
+    with working("opening the database"):
+        from mplus_agents.store import Store
+    with Store(url) as store:
+        yield store
+
+
+def require_database(url: str) -> None:
+    """Refuse an SQLite file that does not exist, so that looking into a mistyped one does not create it.
+
+    Args:
+        url: The database; what is no SQLite URL is left for the store to judge.
+
+    Raises:
+        StoreError: The file does not exist.
+    """
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    try:
+        parsed = make_url(url)
+    except ArgumentError:
+        return
+    file = parsed.database or ""
+    is_file = parsed.get_backend_name() == "sqlite" and file not in ("", ":memory:") and not file.startswith("file:")
+    if is_file and not Path(file).exists():
+        raise StoreError(f"there is no database {file!r}; `mplus read` and `mplus chat` create one")
+
+
+def _exists(mplus: MPlus, namespace: str, name: str) -> bool:
+    return any(record.name == name for record in mplus.agents(namespace))
