@@ -19,7 +19,7 @@ def agents(
 ) -> None:
     """List the agents of a database.
 
-    [bold]Reads only the list of names;[/] no model is loaded, and no memory is touched.
+    [bold]No memory is touched,[/] and no model is loaded.
 
     \b
       [dim]$[/] mplus agents --store sqlite:///team.db

@@ -35,7 +35,8 @@ def ask(
 ) -> None:
     """Answer one question from memory.
 
-    [bold]The memory stays as it is:[/] neither the question nor the answer is remembered. The agent must exist.
+    [bold]The memory stays as it is:[/] neither the question nor the answer is
+    remembered. The agent must exist.
 
     \b
       [dim]$[/] mplus ask "Where does Maya live?" --agent alice

@@ -45,15 +45,17 @@ def chat(
 ) -> None:
     """Talk with an agent, which is created if there is none.
 
-    [bold]Writes:[/] your turns and the answers wait word for word in the window, which every prompt shows, and go into
-    the memory when a chunk is full. A turn is remembered when its answer is complete.
+    [bold]Writes:[/] your turns and the answers wait word for word in the window,
+    which every prompt shows, and go into the memory when a chunk is full. A
+    turn is remembered when its answer is complete.
 
     \b
       [dim]$[/] mplus chat --agent alice
       [dim]$[/] echo "Maya lives in Oslo." | mplus chat --agent alice
 
-    While talking: [bold]/stats[/] shows the memory, [bold]/flush[/] writes what waits in the window into it,
-    [bold]/quit[/] or the end of the input ends. Ctrl-C breaks off an answer.
+    While talking: [bold]/stats[/] shows the memory, [bold]/flush[/] writes what waits in
+    the window into it, [bold]/quit[/] or the end of the input ends. Ctrl-C breaks
+    off an answer.
     """
     session = Session(agent, namespace, model, store, device)
     is_interactive = sys.stdin.isatty() and not as_json

@@ -29,8 +29,8 @@ def delete(
 ) -> None:
     """Delete an agent.
 
-    [bold red]Its whole memory is gone for good:[/] θ, Θ, the window, the documents it read and its log. Other agents
-    stay as they are. No model is loaded.
+    [bold red]Its whole memory is gone for good:[/] θ, Θ, the window, the documents
+    it read and its log. Other agents stay as they are. No model is loaded.
 
     \b
       [dim]$[/] mplus delete --agent alice

@@ -55,8 +55,9 @@ def _root(
 ) -> None:
     """Agents with a memory of their own that outlives the process.
 
-    An agent's memory is not text but the model's own key and value tokens: θ, which every answer reads whole, and Θ, of
-    which every answer reads what it asks for. It is kept in a database; any later command goes on with it.
+    An agent's memory is not text but the model's own key and value tokens:
+    θ, which every answer reads whole, and Θ, of which every answer reads what
+    it asks for. It is kept in a database; any later command goes on with it.
 
     \b
       [dim]$[/] mplus read notes.txt                 read a document into the memory
@@ -64,7 +65,8 @@ def _root(
       [dim]$[/] mplus chat                           talk; every turn is remembered
       [dim]$[/] mplus stats                          see what the memory holds
 
-    [bold]--agent[/] says whose memory, [bold]--store[/] in which database, [bold]--model[/] with which model.
+    [bold]--agent[/] says whose memory, [bold]--store[/] in which database,
+    [bold]--model[/] with which model.
     """
 
 
@@ -74,7 +76,7 @@ for _command in _COMMANDS:
 
 def main() -> None:
     """Run the command line."""
-    app()
+    app(prog_name="mplus")
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ _SOURCE_ID_HELP = (
 
 
 def read(
-    files: Annotated[list[str], typer.Argument(metavar="FILE…", help="Text files in UTF-8; - is standard input.")],
+    files: Annotated[list[str], typer.Argument(metavar="FILE", help="Text files in UTF-8; - is standard input.")],
     *,
     source_id: Annotated[str | None, typer.Option(metavar="ID", help=_SOURCE_ID_HELP)] = None,
     agent: AgentOption = DEFAULT_AGENT,
@@ -48,9 +48,11 @@ def read(
 ) -> None:
     """Read text files into the memory.
 
-    [bold]Writes:[/] every chunk of text becomes a few memory tokens per layer in θ; older tokens move on to Θ. A last
-    piece that is too short for a chunk waits word for word in the window, which every prompt shows. The agent is created
-    if there is none. What was read before is not read twice; what was interrupted goes on where it stopped.
+    [bold]Writes:[/] every chunk of text becomes a few memory tokens per layer in θ;
+    older tokens move on to Θ. A last piece that is too short for a chunk waits
+    word for word in the window, which every prompt shows. The agent is created
+    if there is none. What was read before is not read twice; what was
+    interrupted goes on where it stopped.
 
     \b
       [dim]$[/] mplus read notes.txt manual.txt --agent alice

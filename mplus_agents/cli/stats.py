@@ -43,8 +43,9 @@ def stats(
 ) -> None:
     """Show what an agent's memory holds.
 
-    [bold]The memory stays as it is.[/] θ is read whole by every answer; of Θ every answer reads what it asks for; what
-    waits in the window is shown word for word in every prompt.
+    [bold]The memory stays as it is.[/] θ is read whole by every answer; of Θ every
+    answer reads what it asks for; what waits in the window is shown word for
+    word in every prompt.
 
     \b
       [dim]$[/] mplus stats --agent alice

@@ -120,8 +120,9 @@ class Writer:
         source_id = document.source_id or content_id(text)
         start, digest = self._resume(source_id, text)
         while start < len(text):
-            room = self._chunk_tokens - self._resident.num_waiting_tokens
-            if room < self._min_tokens:
+            waiting = self._resident.num_waiting_tokens
+            room = self._chunk_tokens - waiting
+            if room < self._min_tokens <= waiting:
                 self._inject(self._resident.window)
                 room = self._chunk_tokens
             piece, ids = self._codec.next_piece(text, start, room)

@@ -194,6 +194,15 @@ class MemoryState:
             self._theta_positions = torch.from_numpy(positions).to(self.device)
         return self._theta_positions
 
+    def theta_tokens(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return keys (before RoPE) and values of θ in its order, oldest first, each [theta_size, h_kv, d_h].
+
+        Args:
+            layer: The layer.
+        """
+        order = torch.from_numpy(self.index.theta_order[layer]).to(self.device)
+        return self.theta.keys[layer][order], self.theta.values[layer][order]
+
     def apply(self, delta: MemoryDelta, dropped: torch.Tensor | None = None) -> MemoryReceipt:
         """Take in the new tokens of one injection, in place (paper 3.1, 3.2.1).
 
