@@ -21,7 +21,6 @@ def agents(
 
     [bold]No memory is touched,[/] and no model is loaded.
 
-    \b
       [dim]$[/] mplus agents --store sqlite:///team.db
     """
     with open_store(store) as opened:

@@ -38,7 +38,6 @@ def ask(
     [bold]The memory stays as it is:[/] neither the question nor the answer is
     remembered. The agent must exist.
 
-    \b
       [dim]$[/] mplus ask "Where does Maya live?" --agent alice
     """
     session = Session(agent, namespace, model, store, device)

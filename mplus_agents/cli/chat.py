@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
@@ -49,7 +49,6 @@ def chat(
     which every prompt shows, and go into the memory when a chunk is full. A
     turn is remembered when its answer is complete.
 
-    \b
       [dim]$[/] mplus chat --agent alice
       [dim]$[/] echo "Maya lives in Oslo." | mplus chat --agent alice
 
@@ -126,36 +125,33 @@ class _Conversation:
             print_error(error)
         except KeyboardInterrupt:
             typer.echo()
-            note("broken off; this turn is not remembered")
+            note("broken off; a turn is remembered when its answer is complete")
 
     def _stream(self, message: str) -> None:
         pieces = []
-        with closing(_as_generator(self._agent.stream(message, max_new_tokens=self._max_new_tokens))) as stream:
-            for piece in stream:
-                pieces.append(piece)
-                if not self._as_json:
-                    typer.echo(printable(piece), nl=False)
+        for piece in self._agent.stream(message, max_new_tokens=self._max_new_tokens):
+            pieces.append(piece)
+            if not self._as_json:
+                typer.echo(printable(piece), nl=False)
         if self._as_json:
             print_json({"message": message, "answer": "".join(pieces)})
         else:
             typer.echo()
 
 
-def _as_generator(pieces: Iterator[str]) -> Iterator[str]:
-    yield from pieces
-
-
 def _piped_lines() -> Iterator[str]:
-    for line in sys.stdin:
-        if stripped := line.strip():
+    for number, line in enumerate(sys.stdin.buffer, start=1):
+        try:
+            stripped = line.decode().strip()
+        except UnicodeDecodeError as error:
+            raise InvalidInputError(f"line {number}", line, "UTF-8") from error
+        if stripped:
             yield stripped
 
 
 def _typed_lines() -> Iterator[str]:
-    try:
+    with suppress(ImportError):  # Windows has none
         import readline  # noqa: F401 (input() gets line editing and history from it)
-    except ImportError:  # Windows has none
-        pass
     while True:
         try:
             line = input("> ").strip()
@@ -165,5 +161,8 @@ def _typed_lines() -> Iterator[str]:
         except KeyboardInterrupt as interrupt:
             typer.echo()
             raise typer.Exit(130) from interrupt
+        except UnicodeDecodeError:
+            note("that was not UTF-8")
+            continue
         if line:
             yield line

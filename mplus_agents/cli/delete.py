@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated
 
 import typer
@@ -14,7 +15,7 @@ from mplus_agents.cli.options import (
     NamespaceOption,
     StoreOption,
 )
-from mplus_agents.cli.output import print_json
+from mplus_agents.cli.output import note, print_json
 from mplus_agents.cli.session import open_store
 from mplus_agents.errors import AgentNotFoundError
 
@@ -32,7 +33,6 @@ def delete(
     [bold red]Its whole memory is gone for good:[/] θ, Θ, the window, the documents
     it read and its log. Other agents stay as they are. No model is loaded.
 
-    \b
       [dim]$[/] mplus delete --agent alice
     """
     with open_store(store) as opened:
@@ -41,9 +41,17 @@ def delete(
             raise AgentNotFoundError(f"there is no agent {agent!r} in namespace {namespace!r} of {opened.url}")
         if not is_sure:
             what = f"agent {agent!r} (namespace {namespace!r}, {record.next_event_seq:,} log entries) of {opened.url}"
-            typer.confirm(f"Delete {what} for good?", abort=True, err=True)
+            _confirm(f"Delete {what} for good?")
         opened.delete_agent(record.id)
     if as_json:
         print_json({"deleted": True, "namespace": namespace, "name": agent})
     else:
         typer.echo(f"deleted agent {agent!r}")
+
+
+def _confirm(question: str) -> None:
+    """Ask on stderr, all of it: typer's own prompt leaves a space on stdout, which may be JSON."""
+    typer.echo(f"{question} [y/N]: ", nl=False, err=True)
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+        note("nothing was deleted")
+        raise typer.Exit(1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import sys
 from typing import Annotated, Any
 
 import typer
@@ -59,7 +61,6 @@ def _root(
     θ, which every answer reads whole, and Θ, of which every answer reads what
     it asks for. It is kept in a database; any later command goes on with it.
 
-    \b
       [dim]$[/] mplus read notes.txt                 read a document into the memory
       [dim]$[/] mplus ask "Where does Maya live?"    ask; the memory stays as it is
       [dim]$[/] mplus chat                           talk; every turn is remembered
@@ -76,6 +77,9 @@ for _command in _COMMANDS:
 
 def main() -> None:
     """Run the command line."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that has no Θ gets a question mark, not a traceback
     app(prog_name="mplus")
 
 

@@ -12,11 +12,25 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from mplus_agents.errors import InvalidInputError
+
 if TYPE_CHECKING:
     from mplus_agents.engine import Receipt
 
-# A model may say anything; what would move the cursor or ring the bell is shown as a replacement character instead.
-_CONTROLS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+# Options by the name of the argument that the engine or the store complains about.
+_OPTIONS = {
+    "name": "--agent",
+    "namespace": "--namespace",
+    "device": "--device",
+    "target": "--store",
+    "max_new_tokens": "--max-new-tokens",
+    "source_id": "--source-id",
+    "question": "QUESTION",
+}
+
+# A model may say anything and a file be called anything; what would move the cursor or ring the bell is shown as a
+# replacement character instead, and so is half a surrogate pair, which no terminal takes.
+_CONTROLS = {code: "\ufffd" for code in (*range(32), *range(127, 160), *range(0xD800, 0xE000)) if code not in (9, 10)}
 
 
 def note(text: str) -> None:
@@ -34,7 +48,10 @@ def print_error(error: Exception) -> None:
     Args:
         error: The error.
     """
-    note("error: " + " ".join(str(error).split()))
+    text = str(error)
+    if isinstance(error, InvalidInputError) and error.argument in _OPTIONS:
+        text = text.replace(error.argument, _OPTIONS[error.argument], 1)
+    note("error: " + " ".join(text.split()))
 
 
 def print_json(value: object) -> None:
@@ -43,7 +60,7 @@ def print_json(value: object) -> None:
     Args:
         value: The value.
     """
-    typer.echo(json.dumps(value, ensure_ascii=False))
+    typer.echo(json.dumps(value))  # pure ASCII, whatever the locale
 
 
 def printable(text: str) -> str:
@@ -76,9 +93,14 @@ def print_table(table: Table) -> None:
         table: The table.
     """
     console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = 200
-    console.print(table)
+    if console.is_terminal:
+        console.print(table)
+        return
+    console.width = 200
+    with console.capture() as captured:
+        console.print(table)
+    for line in captured.get().splitlines():
+        typer.echo(line.rstrip())
 
 
 def new_table(*columns: str, title: str | None = None) -> Table:

@@ -54,7 +54,6 @@ def read(
     if there is none. What was read before is not read twice; what was
     interrupted goes on where it stopped.
 
-    \b
       [dim]$[/] mplus read notes.txt manual.txt --agent alice
       [dim]$[/] git log | mplus read - --agent alice
     """

@@ -47,7 +47,6 @@ def stats(
     answer reads what it asks for; what waits in the window is shown word for
     word in every prompt.
 
-    \b
       [dim]$[/] mplus stats --agent alice
       [dim]$[/] mplus stats --agent alice --tokens --json | head
     """

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from mplus_agents.engine.answering import Answering
-from mplus_agents.engine.inputs import parse_memories, parse_message
+from mplus_agents.engine.inputs import parse_conversation, parse_memories, parse_message
 from mplus_agents.engine.inspection import agent_stats, layer_tokens
 from mplus_agents.engine.progress import ProgressBar
 from mplus_agents.engine.prompts import Prompt, chat_prompt, question_prompt
@@ -18,10 +18,13 @@ from mplus_agents.engine.records import AgentStats, Document, Generation, Messag
 from mplus_agents.engine.resident import Resident, open_resident
 from mplus_agents.engine.text import check_text
 from mplus_agents.engine.writer import Writer
-from mplus_agents.errors import AgentNotFoundError, InvalidInputError
+from mplus_agents.errors import AgentNotFoundError, ConflictError, InvalidInputError, StoreError
 
 if TYPE_CHECKING:
     from mplus_agents.engine.mplus import MPlus
+
+# An agent that another process writes to meanwhile is read again, at most so many times in all.
+_MAX_OPENINGS = 8
 
 
 class Agent:
@@ -41,6 +44,7 @@ class Agent:
         self._agent_id = agent_id
         self._lock = threading.RLock()
         self._resident: Resident | None = None
+        self._is_writing = False
 
     def __repr__(self) -> str:
         return f"Agent({self.name!r}, namespace={self.namespace!r}, model={self._mplus.name!r})"
@@ -207,10 +211,9 @@ class Agent:
             ConfigError: An option is unknown.
             PromptTooLongError: The turns and the answer do not fit the generation window.
         """
-        if not messages:
-            raise InvalidInputError("messages", messages, "at least one turn")
+        turns = parse_conversation(messages)
         with self._open() as resident:
-            prompt = chat_prompt(self._mplus.codec, messages)
+            prompt = chat_prompt(self._mplus.codec, turns)
             return self._begin(resident, prompt, max_new_tokens, options)
 
     def logits(self, text: str) -> torch.Tensor:
@@ -278,7 +281,7 @@ class Agent:
             InvalidInputError: There is no such layer.
         """
         num_layers = self._mplus.model.config.memory.num_layers
-        if layer is not None and not 0 <= layer < num_layers:
+        if layer is not None and layer not in range(num_layers):
             raise InvalidInputError("layer", layer, f"0 to {num_layers - 1}, or None")
         layers = range(num_layers) if layer is None else [layer]
         with self._open() as resident:
@@ -300,25 +303,48 @@ class Agent:
     def _open(self) -> Iterator[Resident]:
         """Lock the agent and bring its state up to date; if the call fails, the state is what the store has."""
         with self._lock:
-            version = self._mplus.store.agent_version(self._agent_id)
-            if version is None:
-                raise AgentNotFoundError(f"agent {self.name!r} was deleted")
-            if self._resident is None or self._resident.record.version != version:
-                record = self._mplus.store.find_agent(self.namespace, self.name)
-                if record is None or record.id != self._agent_id:
+            resident = self._resident
+            for _ in range(_MAX_OPENINGS):
+                version = self._mplus.store.agent_version(self._agent_id)
+                if version is None:
                     raise AgentNotFoundError(f"agent {self.name!r} was deleted")
-                self._resident = open_resident(self._mplus.model, self._mplus.codec, self._mplus.store, record)
-            yield self._resident
+                if resident is not None and resident.record.version == version:
+                    break
+                # Opening takes several reads. If another process wrote between them, they do not belong together.
+                resident = self._reopen()
+            else:
+                raise ConflictError(f"other processes write to agent {self.name!r} faster than it opens; call again")
+            self._resident = resident
+            yield resident
+
+    def _reopen(self) -> Resident | None:
+        """Rebuild the state from the store; None if another process wrote at the same time."""
+        store = self._mplus.store
+        record = store.find_agent(self.namespace, self.name)
+        if record is None or record.id != self._agent_id:
+            raise AgentNotFoundError(f"agent {self.name!r} was deleted")
+        try:
+            return open_resident(self._mplus.model, self._mplus.codec, store, record)
+        except StoreError:
+            if store.agent_version(self._agent_id) == record.version:
+                raise
+            return None
 
     @contextmanager
     def _open_to_write(self) -> Iterator[Resident]:
         """Do `_open`; if the call fails, what it left in memory is dropped and the next call asks the store."""
         with self._open() as resident:
+            if self._is_writing:
+                given = "an iterator that writes to the agent while the agent reads from it"
+                raise InvalidInputError("memories", given, "an iterator that leaves the agent alone")
             try:
+                self._is_writing = True
                 yield resident
             except BaseException:
                 self._resident = None
                 raise
+            finally:
+                self._is_writing = False
 
     def _writer(self, resident: Resident, bar: ProgressBar | None = None) -> Writer:
         advance = bar.advance if bar is not None else None

@@ -14,6 +14,7 @@ from mplus_agents.errors import InvalidInputError
 
 _ALLOWED = "a text, a Document, a Message or {'role', 'content'}, an open file, a path, or an iterable of these"
 _MAX_NAME_CHARS = 200
+_MAX_SOURCE_ID_BYTES = 1_000
 
 
 def parse_memories(memories: object, source_id: str | None = None) -> Iterator[Message | Document]:
@@ -43,12 +44,13 @@ def parse_memories(memories: object, source_id: str | None = None) -> Iterator[M
     return (_parse_one(item, None, f"memories[{place}]") for place, item in enumerate(memories))
 
 
-def parse_message(argument: str, message: object) -> Message:
+def parse_message(argument: str, message: object, *, may_be_empty: bool = False) -> Message:
     """Check a turn.
 
     Args:
         argument: The argument's name, for the message.
         message: A `Message`, a mapping with `role` and `content`, or a string, which the user said.
+        may_be_empty: Let a turn without text pass.
 
     Raises:
         InvalidInputError: It is none of these, the role is unknown, or the content is not valid text.
@@ -63,8 +65,26 @@ def parse_message(argument: str, message: object) -> Message:
         raise InvalidInputError(argument, message, "a Message, {'role', 'content'}, or a string")
     if message.role not in ROLES:
         raise InvalidInputError(f"{argument}.role", message.role, ", ".join(ROLES))
-    check_text(f"{argument}.content", message.content)
+    if not (may_be_empty and message.content == ""):
+        check_text(f"{argument}.content", message.content)
     return Message(message.role, message.content)
+
+
+def parse_conversation(messages: object) -> list[Message]:
+    """Check the turns of a conversation; all but the last may be without text, as when a model called a tool.
+
+    Args:
+        messages: What `parse_message` accepts, in a list or tuple.
+
+    Raises:
+        InvalidInputError: There is none, or one of them is not allowed.
+    """
+    if not isinstance(messages, (list, tuple)) or not messages:
+        raise InvalidInputError("messages", messages, "a list of at least one turn")
+    last = len(messages) - 1
+    return [
+        parse_message(f"messages[{place}]", item, may_be_empty=place < last) for place, item in enumerate(messages)
+    ]
 
 
 def check_name(argument: str, name: object) -> str:
@@ -100,8 +120,9 @@ def _parse_one(item: Any, source_id: str | None, argument: str) -> Message | Doc
     if isinstance(item, PathLike):
         try:
             item = Path(item).read_bytes()
-        except OSError as error:
-            raise InvalidInputError(argument, str(item), f"a file that can be read ({error.strerror})") from error
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise InvalidInputError(argument, str(item), f"a file that can be read ({reason})") from error
     if hasattr(item, "read"):
         item = _read_file(argument, item)
     if isinstance(item, (bytes, bytearray)):
@@ -110,6 +131,8 @@ def _parse_one(item: Any, source_id: str | None, argument: str) -> Message | Doc
         raise InvalidInputError(argument, item, _ALLOWED)
     if source_id is not None:
         check_text("source_id", source_id)
+        if len(source_id.encode()) > _MAX_SOURCE_ID_BYTES:
+            raise InvalidInputError("source_id", source_id, f"at most {_MAX_SOURCE_ID_BYTES:,} bytes of UTF-8")
     return Document(check_text(argument, item), source_id)
 
 
@@ -119,6 +142,8 @@ def _read_file(argument: str, file: io.IOBase) -> str | bytes:
     except UnicodeDecodeError as error:
         bad = error.object[error.start : error.start + 8]
         raise InvalidInputError(argument, bad, f"{error.encoding} text (wrong from byte {error.start} on)") from error
+    except (OSError, ValueError) as error:  # closed, or open for writing only
+        raise InvalidInputError(argument, file, f"a file that can be read ({error})") from error
 
 
 def _check_no_source_id(source_id: str | None) -> None:

@@ -122,7 +122,7 @@ class MPlus:
             StoreError: The database failed.
         """
         key = (check_name("namespace", namespace), check_name("name", name))
-        if seed is not None and not 0 <= seed < 2**63:
+        if seed is not None and seed not in range(2**63):
             raise InvalidInputError("seed", seed, "a whole number from 0 to 2**63 - 1, or None")
         with self._lock:
             record = self.store.find_agent(*key)

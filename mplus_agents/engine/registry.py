@@ -135,7 +135,7 @@ def _normal_device(device: str | None) -> str:
 
 
 def _normal_url(store: str) -> str:
-    """Return the URL with the path of an SQLite file made absolute; what cannot be read is left for `Store` to refuse."""
+    """Return the URL with the path of an SQLite file made absolute; what is no URL is left for `Store` to refuse."""
     if not isinstance(store, str):
         raise InvalidInputError("store", store, "an SQLAlchemy URL, such as 'sqlite:///mplus.db'")
     try:

@@ -191,6 +191,8 @@ class Writer:
                 f"{waiting} of {self._chunk_tokens} tokens wait verbatim in the window; they are part of every prompt, "
                 "and are injected when a chunk is full or by flush()"
             )
+        elif not (self._injection_ids or waiting or notes):
+            notes.append("nothing was given")
         return Receipt(
             injection_ids=tuple(self._injection_ids),
             num_text_tokens=self._num_text_tokens,

@@ -228,15 +228,16 @@ class LongTermIndex:
         if self._first_birth is None:
             self._first_birth = lowest
             self._oldest[:] = lowest
-        first = min(lowest, int(self._oldest.min()))
         old_first, capacity = self._first_birth, self._row_of.shape[1]
-        if first >= old_first and highest < old_first + capacity:
+        if lowest >= old_first and highest < old_first + capacity:
             return
+        # A batch older than all before must not cut off what came before, and what is gone takes no place.
         in_use = np.flatnonzero((self._row_of != _NO_ROW).any(axis=0))
-        used_end = old_first + (int(in_use[-1]) + 1 if len(in_use) else 0)
-        highest = max(highest, used_end - 1)  # a batch older than all before must not cut off what came before
-        table = np.full((self.num_layers, max(2 * (highest + 1 - first), self.block_rows)), _NO_ROW, dtype=np.int64)
-        start = max(first, old_first)
-        if used_end > start:
-            table[:, start - first : used_end - first] = self._row_of[:, start - old_first : used_end - old_first]
+        start, end = (int(in_use[0]), int(in_use[-1]) + 1) if len(in_use) else (0, 0)
+        first = min(lowest, old_first + start) if end else lowest
+        num_births = max(highest + 1, old_first + end) - first if end else highest + 1 - first
+        table = np.full((self.num_layers, max(2 * num_births, self.block_rows)), _NO_ROW, dtype=np.int64)
+        if end:
+            table[:, old_first + start - first : old_first + end - first] = self._row_of[:, start:end]
+        self._oldest = np.maximum(self._oldest, first)
         self._row_of, self._first_birth = table, first

@@ -58,7 +58,7 @@ def load_base(
         check_supported(decoder_config)
         config = _config(decoder_config, memory_options)
         dtype = options.dtype or getattr(decoder_config, "dtype", None) or torch.float32
-        decoder, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             path_or_hub_id,
             dtype=dtype,
             attn_implementation=options.attention,
@@ -67,6 +67,7 @@ def load_base(
         )
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"no decoder at {str(path_or_hub_id)!r}: {str(error).splitlines()[0]}") from error
+    decoder, info = loaded
     if info["missing_keys"]:  # transformers fills them with random numbers
         raise CheckpointError("tensors are missing", sorted(info["missing_keys"]))
     cast(nn.Module, decoder).to(options.device).requires_grad_(False)

@@ -41,7 +41,7 @@ class ReferenceMemory:
             ages = self.genesis.long_term_ages[layer].tolist() if self.genesis else []
             oldest_first = sorted(range(len(ages)), key=lambda place: -ages[place])
             birth_of = {place: rank - len(ages) - num_theta for rank, place in enumerate(oldest_first)}
-            counts = self.genesis.recall_counts[layer] if self.genesis else []
+            counts: list[float] = self.genesis.recall_counts[layer].tolist() if self.genesis else []
             self.long_term.append(
                 [Entry(birth_of[place], ages[place], np.float32(counts[place]), False) for place in range(len(ages))]
             )
@@ -56,7 +56,7 @@ class ReferenceMemory:
         step = self.num_injections
         self.num_injections += 1
         is_merge = self.config.rule == "released" and self.num_injections % self.config.merge_every == 0
-        left = []
+        left: list[list[int]] = []
         for layer, places in enumerate(dropped):
             theta = self.theta[layer]
             leaving = [theta[place] for place in sorted(places)]
@@ -94,7 +94,8 @@ class ReferenceMemory:
         entries = [entry for entry in self.long_term[layer] if entry.birth in births]
         if self.config.rule == "paper":
             return sorted(births)
-        return [entry.birth for entry in sorted(reversed(entries), key=lambda entry: -entry.age)]
+        latest_first = list(reversed(entries))
+        return [entry.birth for entry in sorted(latest_first, key=lambda entry: -entry.age)]
 
     def _offset(self, birth: int) -> int:
         num_new = self.config.tokens_per_injection

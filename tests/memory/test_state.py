@@ -11,8 +11,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tests.memory.reference import ReferenceMemory, configs, genesis_indices
-from tests.memory.test_index import blocks_of, check_index, draw_places, rebuilt, same_arrays
 
 from mplus_agents.config import MemoryConfig
 from mplus_agents.errors import InvalidInputError
@@ -27,6 +25,8 @@ from mplus_agents.memory import (
 )
 from mplus_agents.memory import long_term as long_term_module
 from mplus_agents.memory.long_term import mean_sigmoid_scores
+from tests.memory.reference import ReferenceMemory, configs, genesis_indices
+from tests.memory.test_index import blocks_of, check_index, draw_places, rebuilt, same_arrays
 
 _CPU = torch.device("cpu")
 
@@ -136,7 +136,9 @@ class History:
             scores = {}
             for entry in entries:
                 key = self.token(layer, entry.birth)[2].double().numpy()
-                scores[entry.birth] = float(np.mean([1 / (1 + np.exp(-query @ key)) for query in queries.double().numpy()]))
+                scores[entry.birth] = float(
+                    np.mean([1 / (1 + np.exp(-query @ key)) for query in queries.double().numpy()])
+                )
             best = sorted(scores, key=lambda birth: -scores[birth])
             found = self.state.long_term.search(layer, queries, self.config.num_retrieved)
             births = self.state.index.long_term.births[layer, found - self.state.index.long_term.base_row].tolist()
@@ -162,7 +164,10 @@ def check_same_state(one: MemoryState, other: MemoryState) -> None:
     log = one.index.long_term
     assert sorted(one.long_term._blocks) == sorted(other.long_term._blocks)
     for number, block in one.long_term._blocks.items():
-        twin, used = other.long_term._blocks[number], min(log.num_rows, log.block_start(number + 1)) - log.block_start(number)
+        twin, used = (
+            other.long_term._blocks[number],
+            min(log.num_rows, log.block_start(number + 1)) - log.block_start(number),
+        )
         alive = block.alive[:, :used]
         assert torch.equal(alive, twin.alive[:, :used])
         assert not block.alive[:, used:].any()
@@ -202,7 +207,9 @@ def test_state_follows_plain_rules(data: st.DataObject, config: MemoryConfig, se
             if step % 4 == 0:
                 check_index(history.state.index, history.reference)
                 history.check_tensors()
-                history.check_search(torch.randn((2, config.retrieval_dim), generator=torch.Generator().manual_seed(step)))
+                history.check_search(
+                    torch.randn((2, config.retrieval_dim), generator=torch.Generator().manual_seed(step))
+                )
         state = history.state
         for layer in range(config.num_layers):
             assert state.theta_ages()[layer].tolist() == history.reference.theta_ages(layer)
@@ -330,7 +337,9 @@ def test_agents_that_share_a_genesis_do_not_meet(rule: str) -> None:
     counts = np.ones(6, np.float32)
     index = GenesisIndex(10, (np.arange(6), np.arange(6)), (counts, counts.copy()))
     genesis = make_genesis(config, index)
-    before, arrays = _snapshot(genesis), [array.copy() for array in (*index.long_term_ages, *index.recall_counts)]
+    before = _snapshot(genesis)
+    integers: list[np.ndarray] = [*index.long_term_ages, *index.recall_counts]
+    copies = [array.copy() for array in integers]
     one, other = new_state(config, genesis), new_state(config, genesis)
     assert one.theta.keys.data_ptr() == other.theta.keys.data_ptr()  # shared until written to
     fresh = new_state(config, genesis)
@@ -339,7 +348,7 @@ def test_agents_that_share_a_genesis_do_not_meet(rule: str) -> None:
         check_same_state(other, fresh)
     for left, right in zip(before, _snapshot(genesis), strict=True):
         assert torch.equal(left, right)
-    for array, expected in zip((*index.long_term_ages, *index.recall_counts), arrays, strict=True):
+    for array, expected in zip(integers, copies, strict=True):
         assert np.array_equal(array, expected)
     twin = new_state(config, genesis)
     for step in range(30):

@@ -20,7 +20,7 @@ from torch.nn import functional
 def inverse_frequencies(config: dict[str, Any]) -> torch.Tensor:
     """RoPE's frequencies by formula, with the scaling of Llama 3 if the config names it."""
     width = config["head_dim"]
-    frequencies = config["rope_theta"] ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
+    frequencies: torch.Tensor = config["rope_theta"] ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
     scaling = config["rope_scaling"]
     if scaling is None:
         return frequencies
@@ -56,11 +56,12 @@ class PlainDecoder:
         lora = self.config["lora_config"]
         down = self.tensors[f"{name}.lora_A.{self._adapter}.weight"]
         up = self.tensors[f"{name}.lora_B.{self._adapter}.weight"]
-        return self.tensors[f"{name}.base_layer.weight"] + lora["lora_alpha"] / lora["r"] * up @ down
+        scaling = float(lora["lora_alpha"] / lora["r"])
+        return self.tensors[f"{name}.base_layer.weight"] + scaling * up @ down
 
     def norm(self, hidden: torch.Tensor, name: str) -> torch.Tensor:
         """RMS norm."""
-        scale = (hidden.pow(2).mean(dim=-1, keepdim=True) + self.config["rms_norm_eps"]).rsqrt()
+        scale = (hidden.pow(2).mean(dim=-1, keepdim=True) + float(self.config["rms_norm_eps"])).rsqrt()
         return hidden * scale * self.tensors[f"{name}.weight"]
 
     def rotated(self, heads: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -73,14 +74,15 @@ class PlainDecoder:
     def layer(
         self, number: int, memory: torch.Tensor, hidden: torch.Tensor, *, places: torch.Tensor, first: int
     ) -> torch.Tensor:
-        """Run one layer on `hidden` [n, d] at positions from `first` on, which also sees `memory` [m, d] at `places`."""
+        """Run one layer on `hidden` [n, d] at positions from `first` on, seeing `memory` [m, d] at `places` too."""
         prefix, width = f"model.layers.{number}", self.config["head_dim"]
         rows = self.norm(torch.cat([memory, hidden]), f"{prefix}.input_layernorm")
         positions = torch.cat([places, torch.arange(first, first + len(hidden))])
         num_memory = len(memory)
 
         def heads(name: str, inputs: torch.Tensor) -> torch.Tensor:
-            return functional.linear(inputs, self.weight(f"{prefix}.self_attn.{name}")).unflatten(-1, (-1, width))
+            rows = functional.linear(inputs, self.weight(f"{prefix}.self_attn.{name}"))
+            return rows.view(len(inputs), -1, width)
 
         queries = self.rotated(heads("q_proj", rows[num_memory:]), positions[num_memory:])
         keys, values = self.rotated(heads("k_proj", rows), positions), heads("v_proj", rows)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -62,13 +62,13 @@ def checkpoint(name: str) -> Path:
     return FIXTURES / name / "checkpoint"
 
 
-@lru_cache(maxsize=None)
+@cache
 def expected(name: str) -> dict[str, torch.Tensor]:
     """Return what the published code computed."""
     return load_file(FIXTURES / name / "expected.safetensors")
 
 
-@lru_cache(maxsize=None)
+@cache
 def published(name: str, attention: str = "sdpa", rule: MemoryRule | None = None) -> MPlusModel:
     """Load a fixture once; the tests do not change models."""
     return MPlusModel.from_pretrained(checkpoint(name), device="cpu", attn_implementation=attention, memory_rule=rule)
@@ -79,7 +79,7 @@ def save_base(family: str, folder: Path, **changes: Any) -> PreTrainedModel:
     config_class, model_class, values = FAMILIES[family]
     torch.manual_seed(0)
     base: PreTrainedModel = model_class(config_class(**{**_SIZES, **values, **changes}))
-    base.eval()
+    base.train(False)
     for name, parameter in base.named_parameters():
         if name.endswith("bias") or "norm" in name:  # zeros and ones would hide a mistake
             parameter.data += 0.3 * torch.randn_like(parameter)

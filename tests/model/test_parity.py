@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from tests.model.samples import FIXTURE_NAMES, checkpoint, expected, published
 
 from mplus_agents.memory import MemoryState
 from mplus_agents.model import MPlusModel
+from tests.model.samples import FIXTURE_NAMES, checkpoint, expected, published
 
 # Logits have a standard deviation near 1.6; two right computations in float32 differ by about 2e-5 in them.
 _READ = 1e-4
@@ -94,7 +94,9 @@ def check_final_long_term(model: MPlusModel, memory: MemoryState, numbers: dict[
         assert difference(our_values, values.cpu()) < _SESSION
         assert difference(retrieval_keys(memory, layer), wanted) < _SESSION
         staged = rows[len(rows) - memory.num_staged :]
-        assert memory.index.long_term_ages(layer, staged).tolist() == numbers["final.cached_dropped_ages"][layer].tolist()
+        assert (
+            memory.index.long_term_ages(layer, staged).tolist() == numbers["final.cached_dropped_ages"][layer].tolist()
+        )
 
 
 def retrieval_keys(memory: MemoryState, layer: int) -> torch.Tensor:
@@ -189,14 +191,14 @@ def test_adapters_matter(name: str) -> None:
     write_decoder = model.write_decoder
     scaled = [module for module in write_decoder.modules() if hasattr(module, "up") and hasattr(module, "down")]
     assert scaled
-    kept = [module.up.data.clone() for module in scaled]  # type: ignore[union-attr, operator]
+    kept = [module.up.data.clone() for module in scaled]  # type: ignore[operator]
     try:
         for module in scaled:
-            module.up.data.zero_()  # type: ignore[union-attr, operator]
+            module.up.data.zero_()  # type: ignore[operator]
         assert difference(model.write(case["input_ids"], memory).hidden, case["delta_memory"][0]) > 0.1
     finally:
         for module, up in zip(scaled, kept, strict=True):
-            module.up.data.copy_(up)  # type: ignore[union-attr, operator]
+            module.up.data.copy_(up)  # type: ignore[operator]
 
 
 @contextmanager

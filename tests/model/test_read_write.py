@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +12,20 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.model.plain_decoder import PlainDecoder
-from tests.model.samples import checkpoint, empty_memory, grow, published, tokens
 
 from mplus_agents.config import MemoryRule
 from mplus_agents.errors import ConfigError, InvalidInputError
 from mplus_agents.memory import MemoryDelta, MemoryState, TokenTensors
 from mplus_agents.model import MPlusModel
+from tests.model.plain_decoder import PlainDecoder
+from tests.model.samples import checkpoint, empty_memory, grow, published, tokens
 
 _CLOSE = 2e-4
 both_attentions = pytest.mark.parametrize("attention", ["sdpa", "eager"])
 both_rules = pytest.mark.parametrize("rule", ["paper", "released"])
 
 
-@lru_cache(maxsize=None)
+@cache
 def plain(name: str, adapter: str = "decoder_adapter") -> PlainDecoder:
     return PlainDecoder(checkpoint(name), adapter)
 
@@ -68,7 +68,8 @@ class Hidden:
                 order = sorted(range(len(rows)), key=lambda place: births[place])
             else:
                 ages = self._memory.index.long_term_ages(layer, rows).tolist()
-                order = sorted(reversed(range(len(rows))), key=lambda place: -ages[place])
+                latest_first = list(reversed(range(len(rows))))
+                order = sorted(latest_first, key=lambda place: -ages[place])
             width = self._memory.config.hidden_size
             hidden = [self.token(layer, births[place]) for place in order]
             stacked = torch.stack(hidden) if hidden else torch.empty((0, width))
@@ -131,13 +132,13 @@ def test_fused_weights_are_w_plus_s_b_a(name: str) -> None:
         assert torch.allclose(written, rows @ writes.weight(f"model.{linear}").T, atol=1e-4)
         assert not torch.allclose(written, rows @ wanted.T, atol=1e-2)  # the adapters differ
         shared = model.write_decoder.get_submodule(linear).weight
-        assert shared.data_ptr() == state[f"model.{linear}.weight"].data_ptr()  # type: ignore[union-attr, operator]
+        assert shared.data_ptr() == state[f"model.{linear}.weight"].data_ptr()  # type: ignore[operator]
 
 
 @pytest.mark.parametrize("name", ["mplus", "memoryllm"])
 def test_both_passes_share_every_other_tensor(name: str) -> None:
     model = published(name)
-    reads = dict(model.decoder.model.named_parameters())  # type: ignore[union-attr, operator]
+    reads = dict(model.decoder.model.named_parameters())
     for parameter_name, parameter in model.write_decoder.named_parameters():
         if parameter_name.endswith((".up", ".down")):
             continue
@@ -219,7 +220,8 @@ def test_layers_with_long_terms_of_different_sizes(tmp_path: Path, sizes: list[i
     assert memory.long_term_sizes.tolist() == sizes
     hidden = Hidden(decoder, memory, [], True)
     check_read(model, memory, hidden, decoder)
-    check_read(model, memory, hidden, decoder, [False] * 9 + [True, False])
+    # A single query may score many tokens exactly 1.0 in float32, which of them are taken is then anyone's guess.
+    check_read(model, memory, hidden, decoder, [False] * 5 + [True] * 6)
     theta, (long_term, _) = hidden.theta(), hidden.long_term()
     answer = model.generate(tokens(6), memory, max_new_tokens=5)[0].tolist()
     assert answer == _greedy_by_hand(decoder, tokens(6)[0].tolist(), theta, long_term, 5)
@@ -283,7 +285,9 @@ def test_write(name: str, has_tail: bool, num_text: int, attention: str) -> None
             projected = normed @ reads.weight(f"model.layers.{layer}.self_attn.{part}").T
             assert float((ours[layer].flatten(1) - projected).abs().max()) < _CLOSE
         if name == "mplus":
-            assert float((delta.retrieval_keys[layer] - reads.retrieval_keys(layer, wanted[layer])).abs().max()) < _CLOSE
+            assert (
+                float((delta.retrieval_keys[layer] - reads.retrieval_keys(layer, wanted[layer])).abs().max()) < _CLOSE
+            )
 
 
 def _crowd(model: MPlusModel) -> list[MemoryState]:
@@ -440,9 +444,9 @@ def test_no_rows_are_refused() -> None:
 
 def test_memory_of_another_model_is_refused() -> None:
     other = published("memoryllm").initial_memory()
-    with pytest.raises(InvalidInputError, match="memory is .*another shape"):
+    with pytest.raises(InvalidInputError, match=r"memory is .*another shape"):
         published("mplus").read(tokens(3), other)
-    with pytest.raises(InvalidInputError, match="memory is .*another shape"):
+    with pytest.raises(InvalidInputError, match=r"memory is .*another shape"):
         published("mplus").read(tokens(3), published("mplus", "sdpa", "paper").initial_memory())
 
 

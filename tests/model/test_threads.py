@@ -5,12 +5,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
-from tests.model.samples import checkpoint, published, tokens
 
 from mplus_agents.model import MPlusModel
+from tests.model.samples import checkpoint, published, tokens
 
 Results = list[torch.Tensor]
 
@@ -95,8 +96,8 @@ def test_a_shorter_rope_table_of_another_thread_is_not_taken() -> None:
     short = tuple(part[:4].clone() for part in model.rope_table(4))
 
     class Meddled(MPlusModel):
-        def __setattr__(self, name: str, value: object) -> None:
-            super().__setattr__(name, short if name == "_rope" else value)
+        def __setattr__(self, name: str, value: Any) -> None:
+            object.__setattr__(self, name, short if name == "_rope" else value)
 
     model.__class__ = Meddled
     cos, sin = model.rope_table(2_000)

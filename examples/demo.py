@@ -1,0 +1,237 @@
+"""What `make demo` shows: an agent reads a book and talks, the process ends, and another process has its memory.
+
+    python examples/demo.py [--store sqlite:///demo.db] [--quick]
+
+Process 1 holds a LangChain conversation and reads the Python language reference, which every Python brings along.
+Process 2 opens the agent from the database and proves that its memory is the same, bit for bit, and that it is used.
+The model is mplus-tiny, whose weights are random for now: its answers are noise. The memory works as with any model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    import torch
+
+    from mplus_agents import Agent, MPlus
+
+AGENT = "demo"
+PROBE = "Maya lives in Oslo. A class definition defines a class object, and a for statement iterates over"
+FACTS = ("Maya lives in Oslo and works at the harbour.", "Her boat is called Tern.", "It needs new sails before June.")
+QUESTIONS = ("Where does Maya live?", "What is the boat called?", "What does a for statement do?")
+QUICK_CHARS = 40_000
+
+console = Console(highlight=False)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--store", help="database to use; one in a temporary folder if not given")
+    parser.add_argument("--quick", action="store_true", help=f"read only {QUICK_CHARS:,} characters")
+    parser.add_argument("--process", type=int, choices=(1, 2), help=argparse.SUPPRESS)
+    parser.add_argument("--saved", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.process == 1:
+        return talk_and_read(options.store, Path(options.saved), QUICK_CHARS if options.quick else None)
+    if options.process == 2:
+        return remember_and_prove(options.store, Path(options.saved))
+    started = time.monotonic()
+    console.print("[bold]mplus-agents: a memory that outlives the process[/]")
+    console.print(
+        "[yellow]The small model in the package, mplus-tiny, has random weights for now:\n"
+        "its answers below are noise. Memory is written, kept, restored and used all the same:\nthat is shown here.[/]"
+    )
+    with tempfile.TemporaryDirectory(prefix="mplus-demo-") as folder:
+        store = options.store or f"sqlite:///{Path(folder) / 'demo.db'}"
+        command = [sys.executable, __file__, "--store", store, "--saved", str(Path(folder) / "logits.npy")]
+        command += ["--quick"] if options.quick else []
+        for process in ("1", "2"):
+            status = subprocess.run([*command, "--process", process], check=False).returncode
+            if status:
+                console.print(f"[bold red]process {process} failed (exit code {status})[/]")
+                return 1
+    console.print(f"\n[bold green]All proofs hold.[/] {time.monotonic() - started:.0f} seconds altogether.")
+    return 0
+
+
+def talk_and_read(store: str, saved: Path, max_chars: int | None) -> int:
+    """Process 1: tell the agent some facts, let it read, keep the logits of a probe, and end."""
+    console.rule(f"[bold]Process 1[/] (pid {os.getpid()}): talk and read", align="left")
+    with load(store) as mplus:
+        agent = mplus.agent(AGENT)
+        converse(agent)
+        book = language_reference()[:max_chars]
+        console.print(
+            f"\nIt reads the Python language reference (pydoc_data.topics), {len(book.encode()):,} bytes:",
+            soft_wrap=True,
+        )
+        started = time.monotonic()
+        receipt = agent.remember(book, progress=True)
+        seconds = time.monotonic() - started
+        stats = agent.stats()
+        rows = {
+            "text read": f"{receipt.num_text_tokens:,} tokens in {receipt.num_injections:,} injections",
+            "speed": f"{receipt.num_text_tokens / seconds:,.0f} tokens per second, {seconds:.1f} s",
+            "memory tokens written": f"{receipt.num_memory_tokens:,} in each of {len(stats.long_term_tokens)} layers",
+            "short-term memory θ": f"{stats.short_term_tokens:,} of {stats.short_term_capacity:,} tokens per layer",
+            "long-term memory Θ": f"{max(stats.long_term_tokens):,} of {stats.long_term_capacity:,} tokens per layer",
+            "evicted from Θ for good": f"{receipt.num_evicted:,}",
+            "waiting in the window": f"{stats.num_waiting_tokens} tokens, word for word",
+            "in the database": f"{sum(stats.stored_bytes.values()) / 1e6:,.1f} MB",
+            "note": receipt.note,
+        }
+        print_rows(rows)
+        logits = probe(agent)
+        np.save(saved, logits.numpy())
+        console.print(f"Logits of a probe text with this memory: {digest(logits)}. The process ends.")
+    return 0
+
+
+def converse(agent: Agent) -> None:
+    """Tell the agent facts through LangChain."""
+    from langchain_classic.chains import ConversationChain
+    from langchain_mplus import ChatMPlus, MPlusMemory
+
+    console.print("A LangChain ConversationChain tells the agent some facts:")
+    with warnings.catch_warnings():
+        # LangChain calls its own chain outdated; it is shown because it is what many programs have.
+        warnings.filterwarnings("ignore", message=".*ConversationChain.*")
+        chain = ConversationChain(llm=ChatMPlus(agent=agent), memory=MPlusMemory(agent=agent))
+        for fact in FACTS:
+            say("you", fact)
+            say("agent", chain.predict(input=fact))
+
+
+def remember_and_prove(store: str, saved: Path) -> int:
+    """Process 2: open the agent, ask it, and compare its memory with the one that process 1 had."""
+    console.print()
+    console.rule(f"[bold]Process 2[/] (pid {os.getpid()}): remember", align="left")
+    with load(store) as mplus:
+        started = time.monotonic()
+        agent = mplus.agent(AGENT, create=False)
+        stats = agent.stats()
+        seconds = time.monotonic() - started
+        console.print(
+            f"Memory of {stats.num_injections:,} injections opened in [bold]{seconds:.2f} s[/] from the database, "
+            "without a write pass.",
+            soft_wrap=True,
+        )
+        for question in QUESTIONS:
+            say("you", question)
+            say("agent", agent.ask(question, max_new_tokens=32))
+        return prove(mplus, agent, saved)
+
+
+def prove(mplus: MPlus, agent: Agent, saved: Path) -> int:
+    """Compare the logits of the probe; 0 if every comparison is as it should be."""
+    import torch
+
+    before, now = torch.from_numpy(np.load(saved)), probe(agent)
+    fresh, without_long_term = logits_of_fresh_agent(mplus), logits_without_long_term(mplus)
+    checks = [
+        ("as in process 1, bit for bit", now, before, torch.equal(now, before)),
+        ("unlike a fresh agent's", now, fresh, not torch.equal(now, fresh)),
+        ("unlike the same θ with Θ emptied", now, without_long_term, not torch.equal(now, without_long_term)),
+    ]
+    console.print("\nLogits of the probe text with the restored memory:", digest(now))
+    table = Table("they are", "compared with", "max |difference|", "", box=None, pad_edge=False, header_style="dim")
+    for claim, mine, other, holds in checks:
+        verdict = "[green]holds[/]" if holds else "[bold red]FAILS[/]"
+        table.add_row(claim, digest(other), f"{float((mine - other).abs().max()):.3g}", verdict)
+    console.print(table)
+    return 0 if all(holds for *_, holds in checks) else 1
+
+
+def logits_of_fresh_agent(mplus: MPlus) -> torch.Tensor:
+    """Probe an agent that remembers nothing, in a database that is gone afterwards."""
+    from mplus_agents import MPlus, Store
+
+    with Store("sqlite://") as store:
+        return probe(MPlus(mplus.model, mplus.codec, store, mplus.name).agent(AGENT))
+
+
+def logits_without_long_term(mplus: MPlus) -> torch.Tensor:
+    """Probe a copy of the memory, opened once more from the database, after taking every token out of its Θ."""
+    import torch
+
+    from mplus_agents.engine.resident import open_resident
+
+    record = mplus.store.find_agent("default", AGENT)
+    assert record is not None
+    memory = open_resident(mplus.model, mplus.codec, mplus.store, record).memory
+    for layer in range(memory.config.num_layers):
+        rows = memory.index.long_term.alive_rows(layer)
+        memory.index.long_term.kill(layer, rows)
+        memory.long_term.forget(layer, rows)
+    ids = torch.tensor([mplus.codec.encode(PROBE)], device=mplus.model.device)
+    with torch.no_grad():
+        return mplus.model.read(ids, memory).logits[0].float().cpu()
+
+
+def load(store: str) -> MPlus:
+    """Load the model and open the store."""
+    started = time.monotonic()
+    import torch
+
+    from mplus_agents import MPlus
+
+    torch.set_num_threads(1)  # a second thread gains nothing on so small a model (measured), and takes a core
+    mplus = MPlus.from_pretrained("mplus-tiny", store=store)
+    console.print(
+        f"mplus-tiny loaded on {mplus.model.device} in {time.monotonic() - started:.1f} s, PyTorch included; "
+        f"memory in {mplus.store.url}",
+        soft_wrap=True,
+    )
+    return mplus
+
+
+def language_reference() -> str:
+    """Return the texts of Python's own help topics, in alphabetical order."""
+    from pydoc_data.topics import topics
+
+    return "\n\n".join(topics[name] for name in sorted(topics))
+
+
+def probe(agent: Agent) -> torch.Tensor:
+    """Return the logits of the probe text with an agent's memory, [n, vocab], on the CPU."""
+    return agent.logits(PROBE).float().cpu()
+
+
+def digest(logits: torch.Tensor) -> str:
+    """Return a short hash of every bit of the logits."""
+    return hashlib.blake2b(logits.contiguous().numpy().tobytes(), digest_size=8).hexdigest()
+
+
+def say(who: str, text: str, max_chars: int = 68) -> None:
+    """Print a turn in one line."""
+    line = "".join(character if character.isprintable() else "·" for character in text)
+    line = line if len(line) <= max_chars else line[: max_chars - 1] + "…"
+    console.print(Text(f"  {who:>5}: ", style="dim").append(line, style="not dim"), soft_wrap=True)
+
+
+def print_rows(rows: dict[str, str]) -> None:
+    """Print names and values; empty values are left out."""
+    table = Table(box=None, pad_edge=False, show_header=False)
+    for name, value in rows.items():
+        if value:
+            table.add_row(f"[dim]{name}[/]", value)
+    console.print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
