@@ -13,6 +13,15 @@ from mplus_agents.errors import ConfigError
 
 MemoryRule = Literal["paper", "released"]
 RetrievalQuery = Literal["prompt", "last_turn"]
+_SIZES = (
+    "num_layers",
+    "hidden_size",
+    "num_kv_heads",
+    "head_dim",
+    "tokens_per_injection",
+    "max_short_term",
+    "merge_every",
+)
 MEMORY_RULES: tuple[str, ...] = get_args(MemoryRule)
 
 
@@ -51,7 +60,11 @@ class MemoryConfig:
     recall_decay: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("num_layers", "hidden_size", "num_kv_heads", "head_dim", "tokens_per_injection", "merge_every"):
+        for name in (*_SIZES, "retrieval_dim", "num_retrieved", "max_long_term"):
+            _require_whole(name, getattr(self, name))
+        for name in ("initial_recall_count", "recall_decay"):
+            _require(isinstance(getattr(self, name), (int, float)), name, getattr(self, name), "a number")
+        for name in _SIZES:
             _require(getattr(self, name) >= 1, name, getattr(self, name), "a positive whole number")
         for name in ("retrieval_dim", "num_retrieved", "max_long_term"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or a positive whole number")
@@ -108,6 +121,10 @@ def reject_unknown_keys(values: Mapping[str, Any], known: set[str], what: str) -
         raise ConfigError(f"{what}: unknown key {unknown[0]!r}; known keys: {', '.join(sorted(known))}")
 
 
+def _require_whole(name: str, value: object) -> None:
+    _require(type(value) is int, name, value, "a whole number")
+
+
 def _require(condition: bool, name: str, value: object, allowed: str) -> None:
     if not condition:
         raise ConfigError(f"{name} is {value!r}; allowed: {allowed}")
@@ -128,6 +145,8 @@ class AdapterConfig:
     target_modules: tuple[str, ...]
 
     def __post_init__(self) -> None:
+        _require_whole("rank", self.rank)
+        _require(isinstance(self.alpha, (int, float)), "alpha", self.alpha, "a number")
         _require(self.rank >= 1, "rank", self.rank, "a positive whole number")
         _require(
             bool(self.target_modules), "target_modules", self.target_modules, "at least one name of a linear layer"
@@ -149,6 +168,8 @@ class MPlusConfig:
         chunk_tokens: Text tokens of a full injection (paper 4.4: 512).
         min_chunk_tokens: The engine never injects fewer (README of the published code: 16).
         max_prompt_tokens: Generation window, prompt and answer together (paper 3.2.4: 2,048).
+        rounds_rope: Whether RoPE's frequencies are rounded to bfloat16 when the weights are, as the published ones were
+            in training.
         retrieval_query: Which prompt tokens query Θ: all of the `prompt`, as published, or the `last_turn` alone, so
             that a long prompt does not dilute a short question.
     """
@@ -158,9 +179,13 @@ class MPlusConfig:
     chunk_tokens: int = 512
     min_chunk_tokens: int = 16
     max_prompt_tokens: int = 2_048
+    rounds_rope: bool = False
     retrieval_query: RetrievalQuery = "last_turn"
 
     def __post_init__(self) -> None:
+        for name in ("chunk_tokens", "min_chunk_tokens", "max_prompt_tokens"):
+            _require_whole(name, getattr(self, name))
+        _require(type(self.rounds_rope) is bool, "rounds_rope", self.rounds_rope, "true or false")
         _require(self.min_chunk_tokens >= 1, "min_chunk_tokens", self.min_chunk_tokens, "a positive whole number")
         at_least = f"at least min_chunk_tokens ({self.min_chunk_tokens})"
         _require(self.chunk_tokens >= self.min_chunk_tokens, "chunk_tokens", self.chunk_tokens, at_least)
@@ -191,6 +216,9 @@ class MPlusConfig:
         adapters = values.get("adapters")
         if adapters is not None:
             reject_unknown_keys(adapters, {field.name for field in fields(AdapterConfig)}, "adapter config")
+            missing = sorted({field.name for field in fields(AdapterConfig)} - set(adapters))
+            if missing:
+                raise ConfigError(f"adapter config: the key {missing[0]!r} is missing")
             adapters = AdapterConfig(adapters["rank"], adapters["alpha"], tuple(adapters["target_modules"]))
         rest = {key: value for key, value in values.items() if key not in ("memory", "adapters")}
         return cls(memory=MemoryConfig.from_dict(values["memory"]), adapters=adapters, **rest)

@@ -82,9 +82,7 @@ def parse_conversation(messages: object) -> list[Message]:
     if not isinstance(messages, (list, tuple)) or not messages:
         raise InvalidInputError("messages", messages, "a list of at least one turn")
     last = len(messages) - 1
-    return [
-        parse_message(f"messages[{place}]", item, may_be_empty=place < last) for place, item in enumerate(messages)
-    ]
+    return [parse_message(f"messages[{place}]", item, may_be_empty=place < last) for place, item in enumerate(messages)]
 
 
 def check_name(argument: str, name: object) -> str:

@@ -108,9 +108,12 @@ class MemoryIndex:
         shape = (self.config.num_layers, self.num_overflow)
         if dropped.shape != shape:
             raise InvalidInputError("dropped", f"shape {list(dropped.shape)}", f"shape {list(shape)}")
+        if not np.issubdtype(dropped.dtype, np.integer):
+            raise InvalidInputError("dropped", str(dropped.dtype), "whole numbers")
         ordered = np.sort(dropped.astype(np.int64), axis=1)
         if ordered.size and (ordered.min() < 0 or ordered.max() >= self.theta_size):
-            raise InvalidInputError("dropped", int(ordered.max()), f"positions in θ, 0 to {self.theta_size - 1}")
+            wrong = int(ordered.min() if ordered.min() < 0 else ordered.max())
+            raise InvalidInputError("dropped", wrong, f"positions in θ, 0 to {self.theta_size - 1}")
         if (np.diff(ordered, axis=1) == 0).any():
             raise InvalidInputError("dropped", "a repeated position", "each position of a layer once")
         return ordered

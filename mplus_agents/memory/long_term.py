@@ -12,6 +12,7 @@ from mplus_agents.memory.types import IntArray
 
 # Rows of query-by-key scores held at once, so that a long prompt over a large Θ stays within tens of MB.
 _MAX_SCORES = 1 << 24
+_DEAD = -1.0  # below every mean of sigmoids
 
 
 @dataclass(slots=True)
@@ -191,9 +192,10 @@ class LongTermMemory:
             block, start = self._blocks[number], log.block_start(number)
             used = min(log.num_rows, log.block_start(number + 1)) - start
             block_scores = mean_sigmoid_scores(queries, block.retrieval_keys[layer, :used])
-            scores.append(block_scores.masked_fill(~block.alive[layer, :used], -1.0))
+            scores.append(block_scores.masked_fill(~block.alive[layer, :used], _DEAD))
             placements.append(block.placement[layer, :used])
-        rows = torch.cat(scores).topk(num_found).indices
+        pick = _pick_as_published if self._index.config.rule == "released" else _pick_newest_of_equals
+        rows = pick(torch.cat(scores), num_found)
         rows = rows[torch.cat(placements)[rows].argsort()]
         return rows.cpu().numpy() + log.base_row
 
@@ -235,6 +237,23 @@ class LongTermMemory:
                 placement=torch.zeros((config.num_layers, rows), dtype=torch.int64, device=self._device),
             )
         return self._blocks[number]
+
+
+def _pick_newest_of_equals(scores: torch.Tensor, num_found: int) -> torch.Tensor:
+    """Return the places of the best scores; of equal ones at the border the newest, on every device.
+
+    Sigmoids of a short question reach 1.0 exactly, so equal scores are common.
+    """
+    border = scores.topk(num_found).values[-1]
+    above = (scores > border).nonzero()[:, 0]
+    equal = (scores == border).nonzero()[:, 0]
+    return torch.cat([above, equal[len(equal) - (num_found - len(above)) :]])
+
+
+def _pick_as_published(scores: torch.Tensor, num_found: int) -> torch.Tensor:
+    """Return the places of the best scores; equal ones fall as `topk` over the alive rows alone lets them."""
+    alive = (scores != _DEAD).nonzero()[:, 0]
+    return alive[scores[alive].topk(num_found).indices]
 
 
 def mean_sigmoid_scores(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:

@@ -172,7 +172,7 @@ class LongTermIndex:
         """Return the state as named arrays, to be stored."""
         columns = self.window
         return {
-            "rows": np.array([self.base_row, self.num_rows, self.num_merged_rows], dtype=np.int64),
+            "rows": np.array([self.base_row, self.num_rows, self.num_merged_rows, self.block_rows], dtype=np.int64),
             "births": self.births[:, columns].copy(),
             "alive": self.alive[:, columns].astype(np.uint8),
             "entered": self.entered[columns].copy(),
@@ -186,7 +186,7 @@ class LongTermIndex:
         Args:
             arrays: Named arrays.
         """
-        base_row, num_rows, num_merged = (int(value) for value in arrays["rows"])
+        base_row, num_rows, num_merged, self.block_rows = (int(value) for value in arrays["rows"])
         self.base_row = self.num_rows = base_row
         if num_rows > base_row:
             self.append(

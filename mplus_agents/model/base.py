@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from mplus_agents.config import AdapterConfig, MemoryConfig, MPlusConfig, reject_unknown_keys
-from mplus_agents.errors import CheckpointError
+from mplus_agents.errors import CheckpointError, ConfigError
 from mplus_agents.model.adapters import LoraPair
 from mplus_agents.model.families import check_supported, head_dim
 from mplus_agents.model.fingerprint import Fingerprint
@@ -54,7 +54,7 @@ def load_base(
     known = {field.name for field in fields(MemoryConfig)} - set(_DERIVED)
     reject_unknown_keys(memory_options, known | set(_OWN_OPTIONS), "from_base")
     try:
-        decoder_config = AutoConfig.from_pretrained(path_or_hub_id)
+        decoder_config = _decoder_config(path_or_hub_id)
         check_supported(decoder_config)
         config = _config(decoder_config, memory_options)
         dtype = options.dtype or getattr(decoder_config, "dtype", None) or torch.float32
@@ -91,6 +91,13 @@ def state_tensors(model: MPlusModel) -> dict[str, torch.Tensor]:
         [cast(LayerRetriever, retriever) for retriever in model.retrievers],
         {"bos_embedding": model.bos_embedding, "new_memory_positional_emb": model.new_memory_positional_emb},
     )
+
+
+def _decoder_config(path_or_hub_id: str | PathLike[str]) -> Any:
+    try:
+        return AutoConfig.from_pretrained(path_or_hub_id)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{str(path_or_hub_id)!r} is not a decoder's configuration: {error}") from error
 
 
 def _config(decoder: Any, options: Mapping[str, Any]) -> MPlusConfig:

@@ -247,7 +247,7 @@ def translate_config(
         rule=memory_rule or "released",
         **optional,
     )
-    return MPlusConfig(memory, _translate_lora(raw), retrieval_query="prompt")
+    return MPlusConfig(memory, _translate_lora(raw), rounds_rope=True, retrieval_query="prompt")
 
 
 def _translate_lora(raw: Mapping[str, Any]) -> AdapterConfig | None:

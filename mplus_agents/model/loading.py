@@ -219,8 +219,8 @@ def _fill(
         decoder.tie_weights()
     decoder.requires_grad_(False)
     _load_generation_config(files, decoder)
-    bfloat16_default = files.layout != "own" and target.dtype == torch.bfloat16
-    precision = target.rope_inv_freq or (torch.bfloat16 if bfloat16_default else torch.float32)
+    is_rounded = config.rounds_rope and target.dtype == torch.bfloat16
+    precision = target.rope_inv_freq or (torch.bfloat16 if is_rounded else torch.float32)
     finish_rotary(decoder, target.device, precision)
     parts = ModelParts(
         decoder,

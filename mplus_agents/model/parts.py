@@ -80,7 +80,8 @@ def check_call(
         raise InvalidInputError("memory", f"{len(memories)} memories", f"one per row of input_ids ({len(input_ids)})")
     vocab_size = model.decoder.config.vocab_size
     if int(input_ids.min()) < 0 or int(input_ids.max()) >= vocab_size:
-        raise InvalidInputError("input_ids", f"token {int(input_ids.max())}", f"token ids from 0 to {vocab_size - 1}")
+        wrong = int(input_ids.min()) if int(input_ids.min()) < 0 else int(input_ids.max())
+        raise InvalidInputError("input_ids", f"token {wrong}", f"token ids from 0 to {vocab_size - 1}")
     if any(state.config != model.config.memory for state in memories):
         raise InvalidInputError("memory", "made for another shape or rule", "a memory of this model")
     is_mask = query_mask is None or (query_mask.dtype == torch.bool and query_mask.shape == input_ids.shape)

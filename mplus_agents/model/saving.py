@@ -33,8 +33,8 @@ def save_model(model: MPlusModel, folder: str | PathLike[str]) -> None:
         CheckpointError: The folder holds a checkpoint already, or the original weights are not at hand any more.
     """
     target = Path(folder)
-    if (target / "config.json").exists():
-        raise CheckpointError(f"{str(target)!r} holds a checkpoint already; choose another folder")
+    if (target / "config.json").exists() or any(target.glob("*.safetensors*")):
+        raise CheckpointError(f"{str(target)!r} holds a checkpoint already, or a part of one; choose another folder")
     source = CheckpointFiles(Path(model.source)) if model.source and Path(model.source).is_dir() else None
     if source is not None:
         _check_unchanged(model, source)

@@ -782,3 +782,10 @@ def test_host_peak_is_the_model_and_one_shard(tmp_path: Path) -> None:
     slack = 8e6 + 8e6 + math.ceil(20_000 * 512 * 4) + 16e6
     assert growth <= model_bytes + shard_bytes + slack
     assert model_bytes + shard_bytes + slack < 2 * model_bytes
+
+
+def test_own_format_remembers_how_the_published_weights_were_used(tmp_path: Path) -> None:
+    load(checkpoint("mplus"), dtype="bfloat16").save_pretrained(tmp_path / "own")
+    assert load(tmp_path / "own", dtype="bfloat16").fingerprint["rope_inv_freq"] == "bfloat16"
+    assert load(tmp_path / "own", dtype="float32").fingerprint["rope_inv_freq"] == "float32"
+    assert load(tmp_path / "own").config == load(checkpoint("mplus")).config

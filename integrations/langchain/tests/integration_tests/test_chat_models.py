@@ -361,9 +361,9 @@ def test_model_name_is_an_alias() -> None:
 
 
 def test_secrets_are_not_shown(alice: Agent) -> None:
-    key: Any = "secret"
+    key: Any = "sk-0123"
     llm = ChatMPlus(agent=alice, api_key=key)
-    assert "secret" not in f"{llm!r} {llm.asdict()}"
+    assert "sk-0123" not in f"{llm!r} {llm.asdict()}"
     assert "Agent(" not in repr(llm)
     assert "agent" not in llm.model_dump()
     assert llm.metadata is not None

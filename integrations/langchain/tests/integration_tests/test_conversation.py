@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from langchain_core.language_models import FakeListChatModel
 from langchain_core.prompts import ChatPromptTemplate, MessagesPlaceholder
 
@@ -119,15 +120,16 @@ def test_foreign_chat_model(alice: Agent) -> None:
 
 
 def test_agents_of_one_engine_are_isolated(mplus: MPlus) -> None:
-    agents = [mplus.agent(name) for name in ("alice", "bob")]
-    chains = [_chain(agent) for agent in agents]
-    alone = mplus.agent("carol")  # hears what bob hears, while nobody else speaks
-    for number in range(6):
-        turn_and_check(chains[0], agents[0], f"alice says {_TURN.format(number, number)}")
-        turn_and_check(chains[1], agents[1], f"bob says {_TURN.format(number, number)}")
-    assert all(text.startswith("alice") for text in _user_turns(agents[0]))
-    assert all(text.startswith("bob") for text in _user_turns(agents[1]))
-    assert alone.window == []
+    alice, bob, alone = mplus.agent("alice"), mplus.agent("bob", seed=1), mplus.agent("alone", seed=1)
+    for number in range(8):
+        turn_and_check(_chain(alice), alice, f"alice says {_TURN.format(number, number)}")
+        turn_and_check(_chain(bob), bob, f"bob says {_TURN.format(number, number)}")
+    for number in range(8):
+        turn_and_check(_chain(alone), alone, f"bob says {_TURN.format(number, number)}")
+    assert all(text.startswith("alice") for text in _user_turns(alice))
+    assert Log.of(bob).turns == Log.of(alone).turns
+    assert torch.equal(bob.logits("Who said what?"), alone.logits("Who said what?"))
+    assert not torch.equal(bob.logits("Who said what?"), alice.logits("Who said what?"))
 
 
 def test_restart_goes_on_where_it_stopped(tmp_path: Path) -> None:
