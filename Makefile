@@ -35,8 +35,10 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 	$(BIN)/python -m pip install $(PIP_FLAGS) $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e ".[$(EXTRAS)]"
 	touch $@
 
-demo: venv ## Run examples/demo.py
+demo: venv ## Run the examples: the main job in two processes, a conversation, a life of three processes
 	$(BIN)/python examples/demo.py
+	$(BIN)/python examples/conversation_chain.py sqlite://
+	$(BIN)/python examples/lifelong_agent.py
 
 test: venv ## Run the tests, but for the slow ones and those for a GPU
 	$(BIN)/python -m pytest $(ARGS)

@@ -54,7 +54,7 @@ def main() -> int:
     console.print("[bold]mplus-agents: a memory that outlives the process[/]")
     console.print(
         "[yellow]The small model in the package, mplus-tiny, has random weights for now:\n"
-        "its answers below are noise. Memory is written, kept, restored and used all the same:\nthat is shown here.[/]"
+        "its answers below are noise. What it shows is that memory is written, kept,\nrestored and used.[/]"
     )
     with tempfile.TemporaryDirectory(prefix="mplus-demo-") as folder:
         store = options.store or f"sqlite:///{Path(folder) / 'demo.db'}"
@@ -142,11 +142,11 @@ def prove(mplus: MPlus, agent: Agent, saved: Path) -> int:
     import torch
 
     before, now = torch.from_numpy(np.load(saved)), probe(agent)
-    fresh, without_long_term = logits_of_fresh_agent(mplus), logits_without_long_term(mplus)
+    fresh, without_long_term = logits_of_fresh_agent(mplus), agent.logits(PROBE, long_term=False).float().cpu()
     checks = [
         ("as in process 1, bit for bit", now, before, torch.equal(now, before)),
-        ("unlike a fresh agent's", now, fresh, not torch.equal(now, fresh)),
-        ("unlike the same θ with Θ emptied", now, without_long_term, not torch.equal(now, without_long_term)),
+        ("unlike a fresh agent's", now, fresh, differ(now, fresh)),
+        ("unlike the same memory without Θ", now, without_long_term, differ(now, without_long_term)),
     ]
     console.print("\nLogits of the probe text with the restored memory:", digest(now))
     table = Table("they are", "compared with", "max |difference|", "", box=None, pad_edge=False, header_style="dim")
@@ -157,30 +157,17 @@ def prove(mplus: MPlus, agent: Agent, saved: Path) -> int:
     return 0 if all(holds for *_, holds in checks) else 1
 
 
+def differ(mine: torch.Tensor, other: torch.Tensor) -> bool:
+    """Tell whether logits differ by far more than rounding does."""
+    return float((mine - other).abs().max()) > 0.01
+
+
 def logits_of_fresh_agent(mplus: MPlus) -> torch.Tensor:
     """Probe an agent that remembers nothing, in a database that is gone afterwards."""
     from mplus_agents import MPlus, Store
 
     with Store("sqlite://") as store:
         return probe(MPlus(mplus.model, mplus.codec, store, mplus.name).agent(AGENT))
-
-
-def logits_without_long_term(mplus: MPlus) -> torch.Tensor:
-    """Probe a copy of the memory, opened once more from the database, after taking every token out of its Θ."""
-    import torch
-
-    from mplus_agents.engine.resident import open_resident
-
-    record = mplus.store.find_agent("default", AGENT)
-    assert record is not None
-    memory = open_resident(mplus.model, mplus.codec, mplus.store, record).memory
-    for layer in range(memory.config.num_layers):
-        rows = memory.index.long_term.alive_rows(layer)
-        memory.index.long_term.kill(layer, rows)
-        memory.long_term.forget(layer, rows)
-    ids = torch.tensor([mplus.codec.encode(PROBE)], device=mplus.model.device)
-    with torch.no_grad():
-        return mplus.model.read(ids, memory).logits[0].float().cpu()
 
 
 def load(store: str) -> MPlus:
@@ -190,7 +177,7 @@ def load(store: str) -> MPlus:
 
     from mplus_agents import MPlus
 
-    torch.set_num_threads(1)  # a second thread gains nothing on so small a model (measured), and takes a core
+    torch.set_num_threads(1)  # a second thread gains about 5 % on so small a model (measured), for a whole core
     mplus = MPlus.from_pretrained("mplus-tiny", store=store)
     console.print(
         f"mplus-tiny loaded on {mplus.model.device} in {time.monotonic() - started:.1f} s, PyTorch included; "

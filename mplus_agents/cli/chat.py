@@ -63,14 +63,14 @@ def chat(
             session.warn_of_noise()
         if is_interactive:
             note(_COMMANDS)
-        talk = _Conversation(opened, max_new_tokens, as_json, is_interactive)
+        talk = Conversation(opened, max_new_tokens, as_json, is_interactive)
         for line in _typed_lines() if is_interactive else _piped_lines():
             if line == "/quit":
                 break
             talk.take(line)
 
 
-class _Conversation:
+class Conversation:
     """Answers line by line.
 
     Args:

@@ -26,6 +26,7 @@ class _OneLineErrors(TyperGroup):
     """Every error raised on purpose becomes one line on stderr and exit code 1; others keep their traceback."""
 
     def invoke(self, ctx: Any) -> Any:
+        """Run the command that was asked for."""
         try:
             return super().invoke(ctx)
         except MPlusError as error:

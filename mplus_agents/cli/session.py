@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mplus_agents.cli.output import note, working
-from mplus_agents.errors import StoreError
+from mplus_agents.errors import AgentNotFoundError, StoreError
 
 if TYPE_CHECKING:
-    from mplus_agents.engine import Agent, MPlus
+    from mplus_agents.engine import Agent
     from mplus_agents.store import Store
 
 _TINY_MODEL = "mplus-tiny"
@@ -61,9 +61,12 @@ class Session:
 
             mplus = MPlus.from_pretrained(self.model, store=self.store, device=self.device)
         with mplus:
-            is_new = create and not _exists(mplus, self.namespace, self.agent)
-            agent = mplus.agent(self.agent, namespace=self.namespace, create=create)
-            if is_new:
+            try:
+                agent = mplus.agent(self.agent, namespace=self.namespace, create=False)
+            except AgentNotFoundError:
+                if not create:
+                    raise
+                agent = mplus.agent(self.agent, namespace=self.namespace)
                 note(f"agent {self.agent!r} is new in {mplus.store.url}")
             yield agent
 
@@ -113,7 +116,3 @@ def require_database(url: str) -> None:
     is_file = parsed.get_backend_name() == "sqlite" and file not in ("", ":memory:") and not file.startswith("file:")
     if is_file and not Path(file).exists():
         raise StoreError(f"there is no database {file!r}; `mplus read` and `mplus chat` create one")
-
-
-def _exists(mplus: MPlus, namespace: str, name: str) -> bool:
-    return any(record.name == name for record in mplus.agents(namespace))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from mplus_agents.engine.answering import Answering
-from mplus_agents.engine.inputs import parse_conversation, parse_memories, parse_message
+from mplus_agents.engine.inputs import check_number, parse_conversation, parse_memories, parse_message
 from mplus_agents.engine.inspection import agent_stats, layer_tokens
 from mplus_agents.engine.progress import ProgressBar
 from mplus_agents.engine.prompts import Prompt, chat_prompt, question_prompt
@@ -216,18 +216,19 @@ class Agent:
             prompt = chat_prompt(self._mplus.codec, turns)
             return self._begin(resident, prompt, max_new_tokens, options)
 
-    def logits(self, text: str) -> torch.Tensor:
+    def logits(self, text: str, *, long_term: bool = True) -> torch.Tensor:
         """Return the logits of a text read with this memory, [n, vocab]; for comparing memories.
 
         Args:
             text: The text.
+            long_term: Whether Θ is read; without it, what it adds can be measured.
 
         Raises:
             InvalidInputError: The text is not allowed.
         """
         ids = torch.tensor([self._mplus.codec.encode(check_text("text", text))], device=self._mplus.model.device)
         with self._open() as resident, torch.no_grad():
-            return self._mplus.model.read(ids, resident.memory).logits[0]
+            return self._mplus.model.read(ids, resident.memory, long_term=long_term).logits[0]
 
     @property
     def window(self) -> list[Message]:
@@ -281,8 +282,8 @@ class Agent:
             InvalidInputError: There is no such layer.
         """
         num_layers = self._mplus.model.config.memory.num_layers
-        if layer is not None and layer not in range(num_layers):
-            raise InvalidInputError("layer", layer, f"0 to {num_layers - 1}, or None")
+        if layer is not None:
+            check_number("layer", layer, num_layers)
         layers = range(num_layers) if layer is None else [layer]
         with self._open() as resident:
             return [info for number in layers for info in layer_tokens(resident, number)]

@@ -103,6 +103,21 @@ def check_name(argument: str, name: object) -> str:
     return name
 
 
+def check_number(argument: str, value: object, end: int) -> None:
+    """Check a whole number from 0.
+
+    Args:
+        argument: The argument's name, for the message.
+        value: What was given.
+        end: One more than the largest allowed.
+
+    Raises:
+        InvalidInputError: It is none, or out of range.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < end:
+        raise InvalidInputError(argument, value, f"a whole number from 0 to {end - 1}, or None")
+
+
 def _is_single(memories: object) -> bool:
     kinds = (str, bytes, bytearray, Message, Document, Mapping, PathLike)
     return isinstance(memories, kinds) or hasattr(memories, "read")

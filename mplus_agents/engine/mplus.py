@@ -13,10 +13,10 @@ import torch
 
 from mplus_agents.config import MemoryRule
 from mplus_agents.engine.agent import Agent
-from mplus_agents.engine.inputs import check_name
+from mplus_agents.engine.inputs import check_name, check_number
 from mplus_agents.engine.prompts import POLICY_VERSION
 from mplus_agents.engine.text import TextCodec
-from mplus_agents.errors import AgentNotFoundError, ConflictError, FingerprintMismatchError, InvalidInputError
+from mplus_agents.errors import AgentNotFoundError, ConflictError, FingerprintMismatchError
 from mplus_agents.model import MPlusModel
 from mplus_agents.store import AgentRecord, Store
 
@@ -122,8 +122,8 @@ class MPlus:
             StoreError: The database failed.
         """
         key = (check_name("namespace", namespace), check_name("name", name))
-        if seed is not None and seed not in range(2**63):
-            raise InvalidInputError("seed", seed, "a whole number from 0 to 2**63 - 1, or None")
+        if seed is not None:
+            check_number("seed", seed, 2**63)
         with self._lock:
             record = self.store.find_agent(*key)
             known = self._agents.get(key)

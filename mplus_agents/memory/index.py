@@ -13,7 +13,7 @@ from typing import Self
 import numpy as np
 
 from mplus_agents.config import MemoryConfig
-from mplus_agents.errors import InvalidInputError
+from mplus_agents.errors import InvalidInputError, SchemaVersionError
 from mplus_agents.memory.long_term_index import LongTermIndex
 from mplus_agents.memory.types import BoolArray, FloatArray, IndexChange, IntArray
 
@@ -21,6 +21,7 @@ from mplus_agents.memory.types import BoolArray, FloatArray, IndexChange, IntArr
 _MIN_RECALL_COUNT = 0.01
 # Θ's rows are kept in blocks of this many injections' tokens: few pieces to search, small enough to free.
 _BLOCK_INJECTIONS = 64
+_SNAPSHOT_FORMAT = 1
 _NOTHING: IntArray = np.empty(0, dtype=np.int64)
 
 
@@ -214,6 +215,7 @@ class MemoryIndex:
     def to_arrays(self) -> dict[str, np.ndarray]:
         """Return the whole state as named arrays, to be stored as a snapshot."""
         arrays = {f"long_term.{name}": array for name, array in self.long_term.to_arrays().items()}
+        arrays["format"] = np.array([_SNAPSHOT_FORMAT], dtype=np.int64)
         arrays["num_injections"] = np.array([self.num_injections], dtype=np.int64)
         arrays["theta_births"] = self.theta_births.copy()
         arrays["theta_order"] = self.theta_order.copy()
@@ -227,7 +229,13 @@ class MemoryIndex:
             config: Shape and rule, as when the snapshot was made.
             genesis: The checkpoint's own memory, as when the snapshot was made.
             arrays: What `to_arrays` returned.
+
+        Raises:
+            SchemaVersionError: The snapshot has a format that this version does not know.
         """
+        found = arrays["format"].tolist() if "format" in arrays else "none"
+        if found != [_SNAPSHOT_FORMAT]:
+            raise SchemaVersionError(f"snapshot format {found} is unknown; this version reads [{_SNAPSHOT_FORMAT}]")
         index = cls(config, genesis)
         index.num_injections = int(arrays["num_injections"][0])
         index.theta_births = arrays["theta_births"].astype(np.int64)

@@ -111,9 +111,10 @@ class ReadLayout:
     theta: IntArray
 
     @classmethod
-    def of(cls, memories: Sequence[MemoryState]) -> ReadLayout:
-        """Lay out a batch of memories."""
+    def of(cls, memories: Sequence[MemoryState], long_term: bool = True) -> ReadLayout:
+        """Lay out a batch of memories, with or without their Θ."""
         retrieved = np.array([memory.num_retrieved_slots() for memory in memories])
+        retrieved = retrieved if long_term else np.zeros_like(retrieved)
         return cls(retrieved, np.array([memory.theta_size for memory in memories]))
 
     @property
@@ -142,6 +143,7 @@ class ReadCache(PrefixCache):
         num_prompt: Prompt tokens n.
         query_mask: [b, n] bool, the prompt tokens that query Θ; all if None.
         max_new_tokens: Tokens that will be decoded after the prompt.
+        long_term: Whether Θ is read.
     """
 
     def __init__(
@@ -151,11 +153,12 @@ class ReadCache(PrefixCache):
         num_prompt: int,
         query_mask: torch.Tensor | None = None,
         max_new_tokens: int = 0,
+        long_term: bool = True,
     ) -> None:
         self._model = model
         self._memories = memories
         self._query_mask = None if query_mask is None else query_mask.to(model.device)
-        self.layout = ReadLayout.of(memories)
+        self.layout = ReadLayout.of(memories, long_term)
         self._empty = self.layout.empty_slots()
         num_prefix = self.layout.num_prefix
         capacity = num_prefix + num_prompt + max_new_tokens

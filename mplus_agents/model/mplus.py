@@ -204,13 +204,20 @@ class MPlusModel(nn.Module):
                 deltas[row] = delta
         return deltas[0] if isinstance(memory, MemoryState) else [deltas[row] for row in range(len(memories))]
 
-    def read(self, input_ids: torch.Tensor, memory: Memories, query_mask: torch.Tensor | None = None) -> ReadOutput:
+    def read(
+        self,
+        input_ids: torch.Tensor,
+        memory: Memories,
+        query_mask: torch.Tensor | None = None,
+        long_term: bool = True,
+    ) -> ReadOutput:
         """Run a prompt over [bos | retrieved Θ | θ] (paper 3.2.1); the memory is not changed.
 
         Args:
             input_ids: [1, n] int64 with one memory, or [b, n] with a list of b memories.
             memory: What has been remembered.
             query_mask: [b, n] bool, the prompt tokens that query Θ; all if None.
+            long_term: Whether Θ is read; without it, what it adds can be measured.
 
         Returns:
             Logits and the retrieved tokens.
@@ -219,7 +226,7 @@ class MPlusModel(nn.Module):
             InvalidInputError: A shape, a token id or a memory does not fit.
         """
         memories = check_call(self, input_ids, memory, query_mask)
-        cache = ReadCache(self, memories, input_ids.shape[1], query_mask)
+        cache = ReadCache(self, memories, input_ids.shape[1], query_mask, long_term=long_term)
         logits = self.forward_cached(input_ids.to(self.device), cache)
         retrieved = [
             [state.entry_positions(layer, rows) for layer, rows in enumerate(per_layer)]

@@ -366,7 +366,7 @@ def test_names_that_are_allowed_are_kept(mplus: MPlus, name: str) -> None:
         assert other.agent(name, namespace=name, create=False).window[0].content == "Maya lives in Oslo."
 
 
-@pytest.mark.parametrize("seed", [-1, 2**63, 1.5, "5"])
+@pytest.mark.parametrize("seed", [-1, 2**63, 1.5, "5", True])
 def test_seeds_that_are_not_allowed_are_named(mplus: MPlus, seed: Any) -> None:
     with pytest.raises(InvalidInputError, match="^seed is "):
         mplus.agent("a", seed=seed)
@@ -379,7 +379,7 @@ def test_an_agent_that_is_not_there_is_not_made_unasked(mplus: MPlus) -> None:
     assert mplus.agents() == []
 
 
-@pytest.mark.parametrize("layer", [-1, 4, 99, "0", 0.5])
+@pytest.mark.parametrize("layer", [-1, 4, 99, "0", 1.0, True])
 def test_layers_that_are_not_there_are_named(shared: Agent, layer: Any) -> None:
     check_refused(shared, lambda agent: agent.tokens(layer), InvalidInputError, "^layer is ")
 

@@ -65,6 +65,7 @@ def test_demo_on_a_part_of_the_text(tmp_path: Path) -> None:
     check_demo(run(tmp_path, "demo.py", "--quick"))
 
 
+@pytest.mark.slow
 def test_demo_fails_when_the_memory_is_not_the_same(tmp_path: Path) -> None:
     saved = tmp_path / "logits.npy"
     arguments = ["--store", f"sqlite:///{tmp_path / 'demo.db'}", "--saved", str(saved), "--quick", "--process"]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
+import pytest
 import torch
 
+from mplus_agents.errors import SchemaVersionError
 from mplus_agents.memory.index import MemoryIndex
 from tests.memory.test_state import _config, _run
 
@@ -39,5 +42,13 @@ def test_a_snapshot_brings_its_block_size_along() -> None:
     config = _config(rule="paper")
     index = _run(config, 12).index
     index.long_term.block_rows = 7
+    assert index.to_arrays()["format"].tolist() == [1]
     copy = MemoryIndex.from_arrays(config, None, index.to_arrays())
     assert copy.long_term.block_rows == 7
+
+
+def test_a_snapshot_of_an_unknown_format_is_refused() -> None:
+    config = _config(rule="paper")
+    arrays = {**_run(config, 3).index.to_arrays(), "format": np.array([2])}
+    with pytest.raises(SchemaVersionError, match="snapshot format"):
+        MemoryIndex.from_arrays(config, None, arrays)

@@ -502,3 +502,20 @@ def test_fixture_configs_are_what_the_plain_decoder_assumes() -> None:
     for name in ("mplus", "mplus_small_long_term", "memoryllm"):
         config = json.loads((checkpoint(name) / "config.json").read_text(encoding="utf-8"))
         assert (config["hidden_act"], config["attention_bias"], config["mlp_bias"]) == ("silu", False, False)
+
+
+def test_reading_without_long_term_equals_an_emptied_one() -> None:
+    model = published("mplus")
+    memory, emptied = model.initial_memory(seed=1), model.initial_memory(seed=1)
+    for state in (memory, emptied):
+        grow(model, state, [20, 20, 20, 20])
+    for layer in range(model.config.memory.num_layers):
+        rows = emptied.index.long_term.alive_rows(layer)
+        emptied.index.long_term.kill(layer, rows)
+        emptied.long_term.forget(layer, rows)
+        emptied.index.long_term.sizes[layer] = emptied.num_staged  # nothing merged is left
+    ids = torch.tensor([[5, 6, 7, 8]])
+    without = model.read(ids, memory, long_term=False)
+    assert torch.equal(without.logits, model.read(ids, emptied).logits)
+    assert all(len(rows) == 0 for rows in without.retrieved)
+    assert float((without.logits - model.read(ids, memory).logits).abs().max()) > 0.01

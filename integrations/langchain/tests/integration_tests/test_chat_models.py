@@ -12,9 +12,9 @@ from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.globals import set_llm_cache
 from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage, SystemMessage
 from langchain_core.runnables import ConfigurableField, RunnableLambda
+from langchain_mplus import ChatMPlus, MPlusMemory
 from pydantic import ValidationError
 
-from langchain_mplus import ChatMPlus, MPlusMemory
 from mplus_agents import Agent, InvalidInputError, Message, MPlus, PromptTooLongError
 from mplus_agents.engine.registry import shared_engine
 from mplus_agents.model import MPlusModel
@@ -53,10 +53,11 @@ def answers(two: dict[str, Agent]) -> dict[str, str]:
 
 
 @pytest.fixture
-def llm_cache() -> Iterator[None]:
+def llm_cache() -> Iterator[InMemoryCache]:
     """A cache of answers for the whole process."""
-    set_llm_cache(InMemoryCache())
-    yield
+    cache = InMemoryCache()
+    set_llm_cache(cache)
+    yield cache
     set_llm_cache(None)
 
 
@@ -124,24 +125,25 @@ async def test_event_loop_makes_no_model_call(two: dict[str, Agent], monkeypatch
 
 
 async def test_cancelled_call_stops_decoding(two: dict[str, Agent], monkeypatch: pytest.MonkeyPatch) -> None:
-    steps = []
+    num_steps, is_decoding, loop = [0], asyncio.Event(), asyncio.get_running_loop()
     forward = MPlusModel.forward_cached
 
     def count(self: MPlusModel, *args: Any, **kwargs: Any) -> Any:
-        steps.append(1)
+        num_steps[0] += 1
+        if num_steps[0] == 5:
+            loop.call_soon_threadsafe(is_decoding.set)
         return forward(self, *args, **kwargs)
 
     monkeypatch.setattr(MPlusModel, "forward_cached", count)
     call = asyncio.create_task(ChatMPlus(agent=two["alice"], max_tokens=800).ainvoke(_QUESTION))
-    while len(steps) < 5:
-        await asyncio.sleep(0.001)
+    await is_decoding.wait()
     call.cancel()
     with pytest.raises(asyncio.CancelledError):
         await call
     await asyncio.sleep(0.05)
-    num_steps = len(steps)
+    num_steps_then = num_steps[0]
     await asyncio.sleep(0.1)
-    assert len(steps) == num_steps < 800
+    assert num_steps[0] == num_steps_then < 800
 
 
 @pytest.mark.parametrize("streaming", [True, None])
@@ -292,22 +294,22 @@ def test_names_give_the_memorys_agent(url: str) -> None:
     assert llm.open_agent() is memory.open_agent()
 
 
-def test_cache_is_off(two: dict[str, Agent], llm_cache: None) -> None:
+def test_cache_is_off(two: dict[str, Agent], llm_cache: InMemoryCache) -> None:
     agent = two["alice"]
     llm, memory = ChatMPlus(agent=agent), MPlusMemory(agent=agent)
     first = llm.invoke(_QUESTION).text
     _grow(memory, agent)
     assert llm.invoke(_QUESTION).text == agent.generate([Message("user", _QUESTION)]).text != first
+    assert not llm_cache._cache
 
 
-def test_cache_that_was_asked_for_knows_agents_and_versions(two: dict[str, Agent], llm_cache: None) -> None:
-    agent = two["alice"]
-    llm, memory = ChatMPlus(agent=agent, cache=True), MPlusMemory(agent=agent)
-    first = llm.invoke(_QUESTION).text
-    assert llm.invoke(_QUESTION).text == first
-    assert llm.invoke(_QUESTION, agent_id="bob").text == two["bob"].generate([Message("user", _QUESTION)]).text
-    _grow(memory, agent)
-    assert llm.invoke(_QUESTION).text == agent.generate([Message("user", _QUESTION)]).text != first
+def test_cache_that_was_asked_for_knows_agents_and_versions(two: dict[str, Agent], llm_cache: InMemoryCache) -> None:
+    llm, turns = ChatMPlus(agent=two["alice"], cache=True), [Message("user", _QUESTION)]
+    for name in ("alice", "bob", "bob", "alice"):
+        said = [llm.invoke(_QUESTION, agent_id=name).text for _ in range(2)]
+        assert said == [two[name].generate(turns).text] * 2
+        _grow(MPlusMemory(agent=two[name]), two[name])
+    assert len(llm_cache._cache) == 4
 
 
 def _grow(memory: MPlusMemory, agent: Agent) -> None:

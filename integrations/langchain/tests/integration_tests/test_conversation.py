@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,9 @@ import pytest
 import torch
 from langchain_core.language_models import FakeListChatModel
 from langchain_core.prompts import ChatPromptTemplate, MessagesPlaceholder
+from langchain_mplus import MPLUS_PROMPT, ChatMPlus, MPlusMemory
 
 from integrations.langchain.tests.chains import Log, conversation, engine, turn_and_check
-from langchain_mplus import MPLUS_PROMPT, ChatMPlus, MPlusMemory
 from mplus_agents import Agent, Message, MPlus, PromptTooLongError
 
 _TURN = "This is turn number {}, and turn {} has a word or two about the harbour, the ferry and the yellow house."
@@ -28,14 +27,14 @@ def _user_turns(agent: Agent) -> list[str]:
 
 
 @pytest.fixture
-def failing_llm(alice: Agent, monkeypatch: pytest.MonkeyPatch) -> Iterator[ChatMPlus]:
+def failing_llm(alice: Agent, monkeypatch: pytest.MonkeyPatch) -> ChatMPlus:
     """A model that reads the prompt, and breaks when it should answer."""
 
     def fail(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError("no answer")
 
     monkeypatch.setattr(ChatMPlus, "_last_chunk", fail)
-    yield ChatMPlus(agent=alice, max_tokens=4)
+    return ChatMPlus(agent=alice, max_tokens=4)
 
 
 def test_no_turn_is_ever_both_shown_and_injected(alice: Agent) -> None:

@@ -17,7 +17,7 @@ _WHOLE = 10**9
 
 def _process(command: str, folder: Path, num_chars: int) -> dict[str, Any]:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
-    arguments = [sys.executable, _SCRIPT, command, folder, str(num_chars)]
+    arguments = [sys.executable, str(_SCRIPT), command, str(folder), str(num_chars)]
     result = subprocess.run(arguments, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     report: dict[str, Any] = json.loads(result.stdout)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sqlalchemy import make_url
@@ -33,7 +34,12 @@ def test_spellings_of_one_file_are_one_store(url: str, tmp_path: Path, monkeypat
 def test_threads_load_once(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     loads = []
     load = MPlusModel.from_pretrained
-    monkeypatch.setattr(MPlusModel, "from_pretrained", lambda *args: loads.append(args) or load(*args))
+
+    def note_load(*args: Any) -> MPlusModel:
+        loads.append(args)
+        return load(*args)
+
+    monkeypatch.setattr(MPlusModel, "from_pretrained", note_load)
     with ThreadPoolExecutor(8) as pool:
         agents = list(pool.map(lambda _: shared_engine("mplus-tiny", url, "cpu").agent("alice"), range(16)))
     assert len(loads) == 1
