@@ -11,8 +11,8 @@ from __future__ import annotations
 import sys
 
 from langchain_classic.chains import ConversationChain
-from langchain_mplus import ChatMPlus, MPlusMemory
 
+from langchain_mplus import ChatMPlus, MPlusMemory
 from mplus_agents import MPlus
 
 STORE = sys.argv[1] if len(sys.argv) > 1 else "sqlite:///mplus.db"

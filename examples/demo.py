@@ -105,6 +105,7 @@ def talk_and_read(store: str, saved: Path, max_chars: int | None) -> int:
 def converse(agent: Agent) -> None:
     """Tell the agent facts through LangChain."""
     from langchain_classic.chains import ConversationChain
+
     from langchain_mplus import ChatMPlus, MPlusMemory
 
     console.print("A LangChain ConversationChain tells the agent some facts:")

@@ -68,6 +68,8 @@ class Agent:
         Short texts wait verbatim in the window, which every prompt shows, until about a chunk is there. A document that
         was read before is not read twice, and one that was interrupted goes on where it stopped.
 
+        Turns given together as a list are stored all or nothing, as far as they make at most 16 injections.
+
         Args:
             memories: A text (str or UTF-8 bytes), a `Document`, a `Message` or `{"role", "content"}`, an open file, a
                 path (`pathlib.Path`), or an iterable of these.
@@ -130,7 +132,7 @@ class Agent:
         with self._open() as resident:
             prompt = question_prompt(self._mplus.codec, resident.window_text, question)
             answering = self._begin(resident, prompt, max_new_tokens, options)
-        return answering.finish().text.rstrip()
+        return answering.finish().text
 
     def chat(self, message: str | Message, *, max_new_tokens: int | None = None, **options: Any) -> str:
         """Answer a turn of a conversation, then remember the turn and the answer.

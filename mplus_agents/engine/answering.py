@@ -40,6 +40,7 @@ class Answering:
         self._has_ended = False
         self.num_prompt_tokens = num_prompt_tokens
         self.text = ""
+        self._white_space = ""
 
     @classmethod
     def begin(
@@ -118,10 +119,14 @@ class Answering:
         return "stop" if self._has_ended or self._decoder.is_stopped else "length"
 
     def _take(self, piece: str) -> str:
+        """Hold back white space until something follows it: an answer has none at its ends."""
+        piece = self._white_space + piece
         if not self.text:
-            piece = piece.lstrip()  # prompts end without the space that answers begin with
-        self.text += piece
-        return piece
+            piece = piece.lstrip()
+        kept = piece.rstrip()
+        self._white_space = piece[len(kept) :]
+        self.text += kept
+        return kept
 
 
 def _check_stop(stop: object) -> tuple[str, ...]:

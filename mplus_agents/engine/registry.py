@@ -42,8 +42,8 @@ class EngineRegistry:
             store: An SQLAlchemy URL.
             device: Where to load; the first CUDA device if there is one, else the CPU.
         """
-        opened = self.store(store)
         with self._model_lock:
+            opened = self.store(store)
             model_key = (_normal_model(model), _normal_device(device))
             if model_key not in self._models:
                 loaded = MPlusModel.from_pretrained(model, device)
@@ -114,7 +114,7 @@ def shared_store(store: str = DEFAULT_STORE) -> Store:
 
 
 def close_shared_engines() -> None:
-    """Close every shared engine and forget it, and free the weights; for tests, and before a fork of the process."""
+    """Close every shared engine and forget it, weights and all; agents handed out before cannot be used any more."""
     _REGISTRY.close()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
@@ -27,6 +28,8 @@ class TextCodec:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
+        # Reading special tokens or not is a setting of the tokenizer itself, which every call may change.
+        self._lock = threading.Lock()
 
     @classmethod
     def from_pretrained(cls, folder: str | PathLike[str]) -> TextCodec:
@@ -73,7 +76,14 @@ class TextCodec:
         Args:
             text: The rendered template.
         """
-        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        with self._lock:
+            encoded = self.tokenizer(
+                text,
+                add_special_tokens=False,
+                split_special_tokens=False,
+                return_offsets_mapping=True,
+                verbose=False,
+            )
         return cast(list[int], encoded["input_ids"]), cast(list[tuple[int, int]], encoded["offset_mapping"])
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -82,7 +92,8 @@ class TextCodec:
         Args:
             ids: Tokens.
         """
-        return cast(str, self.tokenizer.decode(list(ids), skip_special_tokens=True))
+        with self._lock:
+            return cast(str, self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def next_piece(self, text: str, start: int, max_tokens: int) -> tuple[str, list[int]]:
         """Cut the next piece off a document: at most `max_tokens` tokens, ending after white space if it can.
@@ -114,13 +125,14 @@ class TextCodec:
             end = max(1, end - (len(ids) - max_tokens))
 
     def _tokenize(self, text: str, offsets: bool = False) -> Any:
-        return self.tokenizer(
-            text,
-            add_special_tokens=False,
-            split_special_tokens=True,
-            return_offsets_mapping=offsets,
-            verbose=False,
-        )
+        with self._lock:
+            return self.tokenizer(
+                text,
+                add_special_tokens=False,
+                split_special_tokens=True,
+                return_offsets_mapping=offsets,
+                verbose=False,
+            )
 
 
 def check_text(argument: str, text: object) -> str:
@@ -177,7 +189,7 @@ class StreamDecoder:
         self._codec = codec
         self._stop = [text for text in stop if text]
         self._ids: list[int] = []
-        self._sent = 0
+        self._sent = self._end = 0
         self.is_stopped = False
 
     @property
@@ -195,20 +207,24 @@ class StreamDecoder:
             The text that is certain now and was not before; may be empty.
         """
         self._ids.append(token_id)
-        text = self._codec.decode(self._ids)
-        cut = min((text.find(stop) for stop in self._stop if stop in text), default=-1)
-        if cut >= 0:
-            self.is_stopped = True
-            return self._send(text[:cut], cut)
-        held_back = len(text) - len(text.rstrip(_REPLACEMENT)) if len(self._ids) else 0
-        return self._send(text, len(text) - max(held_back, _overlap(text, self._stop)))
+        # A trailing replacement character may be half a character that the next token completes.
+        certain = self._codec.decode(self._ids).rstrip(_REPLACEMENT)
+        held_back = 0 if self._cut_at_stop(certain) else _overlap(certain, self._stop)
+        return self._send(certain, self._end - held_back)
 
     def finish(self) -> str:
         """Return the text held back so far; the answer ends here."""
         if self.is_stopped:
             return ""
         text = self._codec.decode(self._ids)
-        return self._send(text, len(text))
+        self._cut_at_stop(text)
+        return self._send(text, self._end)
+
+    def _cut_at_stop(self, text: str) -> bool:
+        """Tell whether a stop string is in the text; the answer ends before the first one."""
+        found = [text.find(stop) for stop in self._stop if stop in text]
+        self._end, self.is_stopped = min(found, default=len(text)), bool(found)
+        return self.is_stopped
 
     def _send(self, text: str, end: int) -> str:
         start, self._sent = self._sent, max(self._sent, end)

@@ -24,9 +24,9 @@ from mplus_agents.store import InjectionTensors, Store, WriteTransaction
 
 # A full snapshot of the bookkeeping every so many commits: opening replays at most that many.
 _SNAPSHOT_EVERY = 64
-# Injections that share a transaction, and so a flush to disk, while a long text is read.
+# Injections that share a transaction, and so a flush to disk. A document is also committed after some time.
 _MAX_GROUP = 16
-_MAX_GROUP_BYTES = 64 * 2**20
+_MAX_GROUP_BYTES = 256 * 2**20
 _MAX_GROUP_S = 0.5
 _NO_EVICTION = torch.iinfo(torch.int64).min
 
@@ -135,6 +135,8 @@ class Writer:
                 self._inject(self._resident.window)
             self._on_progress(len(piece), len(ids))
             self._commit_if_due()
+            if time.monotonic() - self._group_started > _MAX_GROUP_S:
+                self.commit()
         self.commit()
 
     def flush(self) -> None:
@@ -234,8 +236,7 @@ class Writer:
             return
         delta = self._group[0].delta
         num_bytes = len(self._group) * sum(part.nbytes for part in (delta.keys, delta.values, delta.retrieval_keys))
-        is_late = time.monotonic() - self._group_started > _MAX_GROUP_S
-        if len(self._group) >= _MAX_GROUP or num_bytes >= _MAX_GROUP_BYTES or is_late:
+        if len(self._group) >= _MAX_GROUP or num_bytes >= _MAX_GROUP_BYTES:
             self.commit()
 
     def _resume(self, source_id: str, text: str) -> tuple[int, hashlib.blake2b]:

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 from mplus_agents import InvalidInputError
 
 if TYPE_CHECKING:
-    from mplus_agents import Agent, MPlus
-    from mplus_agents.store import Store
+    from mplus_agents import Agent, MPlus, Store
 
     AgentField: TypeAlias = Agent
 else:

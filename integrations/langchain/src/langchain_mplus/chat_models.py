@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 from langchain_core.caches import BaseCache
@@ -270,7 +270,7 @@ class ChatMPlus(BaseChatModel):
         turns = to_turns(messages)
         options = self._options(stop, kwargs)
         answering = self._open_agent(kwargs).begin_generation(turns, **options)
-        for piece in _without_space_at_end(answering):
+        for piece in answering:
             chunk = ChatGenerationChunk(message=AIMessageChunk(content=piece))
             if run_manager is not None:
                 run_manager.on_llm_new_token(piece, chunk=chunk)
@@ -375,14 +375,3 @@ def _with_agent_id(config: RunnableConfig | None, kwargs: Mapping[str, Any]) -> 
     """Add the config's agent to a call's arguments, unless they name one; LangChain itself keeps the config back."""
     name = ensure_config(config).get("configurable", {}).get("agent_id")
     return dict(kwargs) if name is None or "agent_id" in kwargs else {**kwargs, "agent_id": name}
-
-
-def _without_space_at_end(pieces: Iterable[str]) -> Iterator[str]:
-    """Hold back white space until something follows it, so that a streamed answer is the one that is not streamed."""
-    held_back = ""
-    for piece in pieces:
-        text = held_back + piece
-        kept = text.rstrip()
-        held_back = text[len(kept) :]
-        if kept:
-            yield kept

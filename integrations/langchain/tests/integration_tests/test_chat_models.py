@@ -12,9 +12,9 @@ from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.globals import set_llm_cache
 from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage, SystemMessage
 from langchain_core.runnables import ConfigurableField, RunnableLambda
-from langchain_mplus import ChatMPlus, MPlusMemory
 from pydantic import ValidationError
 
+from langchain_mplus import ChatMPlus, MPlusMemory
 from mplus_agents import Agent, InvalidInputError, Message, MPlus, PromptTooLongError
 from mplus_agents.engine.registry import shared_engine
 from mplus_agents.model import MPlusModel

@@ -10,9 +10,9 @@ import pytest
 import torch
 from langchain_core.language_models import FakeListChatModel
 from langchain_core.prompts import ChatPromptTemplate, MessagesPlaceholder
-from langchain_mplus import MPLUS_PROMPT, ChatMPlus, MPlusMemory
 
 from integrations.langchain.tests.chains import Log, conversation, engine, turn_and_check
+from langchain_mplus import MPLUS_PROMPT, ChatMPlus, MPlusMemory
 from mplus_agents import Agent, Message, MPlus, PromptTooLongError
 
 _TURN = "This is turn number {}, and turn {} has a word or two about the harbour, the ferry and the yellow house."

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 from langchain_core.language_models import BaseChatModel
-from langchain_mplus import ChatMPlus
 from langchain_tests.integration_tests import ChatModelIntegrationTests
+
+from langchain_mplus import ChatMPlus
 
 # `stream_events(version="v3")`, which the suite calls, says at every call that it is in beta.
 pytestmark = pytest.mark.filterwarnings("ignore::langchain_core._api.LangChainBetaWarning")

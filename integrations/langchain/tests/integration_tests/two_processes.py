@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from langchain_mplus import ChatMPlus, MPlusMemory
 from safetensors.torch import load_file, save_file
 
 from integrations.langchain.tests.chains import Log, conversation, turn_and_check
+from langchain_mplus import ChatMPlus, MPlusMemory
 from mplus_agents import Agent, Document, MPlus
 from mplus_agents.model import MPlusModel
 

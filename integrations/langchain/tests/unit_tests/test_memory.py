@@ -8,10 +8,10 @@ import pytest
 from langchain_classic.base_memory import BaseMemory
 from langchain_classic.memory import CombinedMemory, ConversationBufferMemory, ReadOnlySharedMemory, SimpleMemory
 from langchain_core.messages import AIMessage, ChatMessage, HumanMessage, SystemMessage
-from langchain_mplus import MPlusMemory
 from pydantic import ValidationError
 
 from integrations.langchain.tests.chains import Log
+from langchain_mplus import MPlusMemory
 from mplus_agents import Agent, Document, InvalidInputError, Message, MPlus
 from mplus_agents.engine.registry import shared_engine
 

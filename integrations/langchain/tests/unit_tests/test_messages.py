@@ -12,8 +12,8 @@ from langchain_core.messages import (
     ToolCall,
     ToolMessage,
 )
-from langchain_mplus._messages import to_turns
 
+from langchain_mplus._messages import to_turns
 from mplus_agents import InvalidInputError, Message
 
 _CALL = ToolCall(name="weather", args={"city": "Oslo"}, id="1")

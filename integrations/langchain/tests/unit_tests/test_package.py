@@ -6,7 +6,6 @@ from importlib.resources import files
 
 import langchain_mplus
 from langchain_mplus import _agents
-
 from mplus_agents.engine import mplus
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,13 @@ from sqlalchemy import make_url
 from mplus_agents import InvalidInputError, StoreError
 from mplus_agents.engine.registry import close_shared_engines, shared_engine, shared_store
 from mplus_agents.model import MPlusModel
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> Iterator[str]:
+    """A new database for shared engines, which are closed afterwards."""
+    yield f"sqlite:///{tmp_path / 'shared.db'}"
+    close_shared_engines()
 
 
 def test_one_engine_per_model_store_and_device(url: str, tmp_path: Path) -> None:
