@@ -16,8 +16,6 @@ def test_quickstart_prints_what_it_says(tmp_path: Path) -> None:
     assert match is not None
     program, expected = match.groups()
     assert len(program.strip().splitlines()) == 4
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout == expected
     assert (tmp_path / "mplus.db").is_file()

@@ -262,7 +262,9 @@ def test_a_chat_template_is_used_end_to_end(tmp_path: Path) -> None:
             "<|system|>\nUser: Maya lives in Oslo.\n<|end|>\n<|user|>\nWhere?<|end|>\n<|assistant|>\n"
         )
         answer = agent.chat("Where?", max_new_tokens=4)
-        assert agent.window[-2:] == [Message("user", "Where?"), Message("assistant", answer)][: 1 + bool(answer.strip())]
+        assert (
+            agent.window[-2:] == [Message("user", "Where?"), Message("assistant", answer)][: 1 + bool(answer.strip())]
+        )
 
 
 def test_the_same_agent_is_one_object(mplus: MPlus) -> None:

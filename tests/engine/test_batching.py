@@ -103,7 +103,9 @@ def test_turns_follow_the_rule_however_they_are_handed_over(lengths: list[int], 
         assert groups_of(agent) == groups
         assert waiting_of(agent) == waiting
         check_accounts(agent)
-        expected = [[i for seq in g for i in mplus.codec.encode(write_turn("user", turns[seq].content))] for g in groups]
+        expected = [
+            [i for seq in g for i in mplus.codec.encode(write_turn("user", turns[seq].content))] for g in groups
+        ]
         assert written == expected
 
 

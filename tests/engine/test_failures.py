@@ -14,7 +14,6 @@ import sqlalchemy as sa
 
 from mplus_agents import Agent, MPlus
 from mplus_agents.engine import Document, Message, writer
-from mplus_agents.engine import agent as agent_module
 from mplus_agents.engine.resident import open_resident
 from mplus_agents.errors import AgentNotFoundError, ConflictError, MPlusError, StoreError
 from mplus_agents.store import Store
@@ -165,6 +164,23 @@ def test_a_commit_that_lasted_although_it_seemed_to_fail_counts(bob: Agent) -> N
     assert with_version(bob) == reopened(bob)
 
 
+@pytest.mark.xfail(reason="SQLAlchemy closes the connection, and SQLite keeps the lock while a cursor is alive")
+def test_an_interrupt_in_the_middle_of_a_statement_lets_go_of_the_lock(bob: Agent, sql: sa.Engine) -> None:
+    def interrupt(cursor: sqlite3.Cursor, statement: str, parameters: object, context: object) -> None:
+        cursor.execute("DELETE FROM mplus_window")
+        raise KeyboardInterrupt
+
+    before = with_version(bob)
+    sa.event.listen(sql, "do_executemany", interrupt)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        bob.remember(Document(prose(900), "book"))
+    sa.event.remove(sql, "do_executemany", interrupt)
+    assert with_version(bob) == before
+    bob.remember(Document(prose(900), "book"))  # while the traceback is alive, as in a notebook
+    assert caught.traceback
+    check_accounts(bob)
+
+
 def test_a_closed_store_is_a_store_error(tmp_path: Path) -> None:
     with engine(tmp_path / "a.db") as mplus:
         agent = mplus.agent("a")
@@ -305,9 +321,7 @@ CALLS: dict[str, Callable[[Agent], object]] = {
 
 @pytest.mark.parametrize("is_created_anew", [False, True])
 @pytest.mark.parametrize("call", CALLS)
-def test_an_agent_deleted_elsewhere_is_not_found_and_stays_so(
-    tmp_path: Path, call: str, is_created_anew: bool
-) -> None:
+def test_an_agent_deleted_elsewhere_is_not_found_and_stays_so(tmp_path: Path, call: str, is_created_anew: bool) -> None:
     with engine(tmp_path / "a.db", small()) as one, engine(tmp_path / "a.db", small()) as two:
         old = one.agent("a")
         old.remember([turn_of(100), turn_of(100)])
@@ -346,7 +360,9 @@ def test_a_damaged_page_is_our_error_and_other_agents_are_not_harmed(tmp_path: P
         mplus.agent("a").remember(prose(300))
         mplus.agent("b").remember(prose(300))
     with sqlite3.connect(path) as raw:
-        raw.execute("UPDATE mplus_page SET blob = CAST(substr(blob, 1, length(blob) - 1) || x'00' AS BLOB) WHERE injection_id = 1")
+        raw.execute(
+            "UPDATE mplus_page SET blob = CAST(substr(blob, 1, length(blob) - 1) || x'00' AS BLOB) WHERE injection_id = 1"
+        )
     raw.close()
     with engine(path, small()) as mplus:
         with pytest.raises(MPlusError, match="mplus_page"):
@@ -357,8 +373,9 @@ def test_a_damaged_page_is_our_error_and_other_agents_are_not_harmed(tmp_path: P
 def test_opening_makes_no_pass_of_the_model(ada: Agent) -> None:
     ada.remember(prose(300))
     store, record = ada.mplus.store, ada.mplus.agents()[0]
-    with mock.patch.object(small(), "write", side_effect=AssertionError), mock.patch.object(
-        small(), "read", side_effect=AssertionError
+    with (
+        mock.patch.object(small(), "write", side_effect=AssertionError),
+        mock.patch.object(small(), "read", side_effect=AssertionError),
     ):
-        assert open_resident(small(), tiny_codec(), store, record).memory.num_injections == record.version or True
-    assert agent_module.open_resident is open_resident
+        opened = open_resident(small(), tiny_codec(), store, record)
+    assert opened.memory.num_injections == ada.stats().num_injections > 0

@@ -67,7 +67,10 @@ BAD_MEMORIES: dict[str, tuple[Any, str]] = {
     "empty turn": (Message("user", ""), r"^memories\.content is ''"),
     "turn of wrong type": (Message("user", 5), r"^memories\.content is 5"),  # type: ignore[arg-type]
     "turn with a lone surrogate": (Message("user", "\udc00"), r"^memories\.content is .*surrogate"),
-    "extra key": ({"role": "user", "content": "hi", "name": "x"}, r"^memories is \['content', 'name', 'role'\].*exactly"),
+    "extra key": (
+        {"role": "user", "content": "hi", "name": "x"},
+        r"^memories is \['content', 'name', 'role'\].*exactly",
+    ),
     "missing key": ({"role": "user"}, r"^memories is \['role'\].*exactly"),
     "empty mapping": ({}, r"^memories is \[\].*exactly"),
     "content parts": ({"role": "user", "content": [{"type": "text"}]}, r"^memories\.content is \[\{"),
@@ -91,7 +94,9 @@ def test_what_cannot_be_remembered_is_named(shared: Agent, kind: str) -> None:
 
 def test_a_source_id_is_for_a_single_document(shared: Agent) -> None:
     for memories in (Message("user", "hi"), {"role": "user", "content": "hi"}, ["a", "b"], iter(["a"])):
-        check_refused(shared, lambda agent, m=memories: agent.remember(m, source_id="x"), InvalidInputError, "^source_id")  # type: ignore[misc]
+        check_refused(
+            shared, lambda agent, m=memories: agent.remember(m, source_id="x"), InvalidInputError, "^source_id"
+        )  # type: ignore[misc]
     for source_id in ("", " ", 5, "\ud800", "é" * 501):
         check_refused(
             shared,
@@ -162,7 +167,17 @@ class TestFiles:
 
 @pytest.mark.parametrize(
     "text",
-    ["🙂", "👩‍👧‍👦", "a", "\x00", "a\x00b\x1b[31m\x07\x7f\u0085", "\ufeffbom", "\u202eright to left", "\ufffd", "e\u0301" * 20],
+    [
+        "🙂",
+        "👩‍👧‍👦",
+        "a",
+        "\x00",
+        "a\x00b\x1b[31m\x07\x7f\u0085",
+        "\ufeffbom",
+        "\u202eright to left",
+        "\ufffd",
+        "e\u0301" * 20,
+    ],
 )
 def test_strange_characters_come_back_as_they_were(alice: Agent, text: str) -> None:
     alice.remember(Message("user", text))
@@ -200,7 +215,10 @@ def spend(call: Callable[[], object]) -> tuple[float, float]:
 
 @pytest.mark.parametrize(
     ("num_bytes", "max_s", "max_mb"),
-    [(2_000_000, 60.0, 900.0), pytest.param(50_000_000, 1500.0, 3000.0, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])],
+    [
+        (2_000_000, 60.0, 900.0),
+        pytest.param(50_000_000, 1500.0, 3000.0, marks=[pytest.mark.slow, pytest.mark.timeout(1800)]),
+    ],
 )
 def test_a_very_long_line_takes_bounded_time_and_memory(
     alice: Agent, num_bytes: int, max_s: float, max_mb: float
@@ -265,7 +283,9 @@ BAD_TYPES: list[dict[str, Any]] = [
 @pytest.mark.xfail(reason="GenerationOptions checks values, not types", raises=(TypeError, ValueError, RuntimeError))
 @pytest.mark.parametrize("options", BAD_TYPES, ids=str)
 def test_options_of_a_wrong_type_are_named(shared: Agent, options: dict[str, Any]) -> None:
-    check_refused(shared, lambda agent: agent.ask("Where?", **options), InvalidInputError, f"^{next(iter(options))} is ")
+    check_refused(
+        shared, lambda agent: agent.ask("Where?", **options), InvalidInputError, f"^{next(iter(options))} is "
+    )
 
 
 BAD_TURNS: dict[str, tuple[Any, str]] = {
@@ -343,7 +363,22 @@ def test_a_prompt_may_be_as_long_as_the_window_lets_it(mplus: MPlus) -> None:
     assert count_tokens("a" * 9) == 9
 
 
-BAD_NAMES: list[Any] = ["", " a", "a ", "a/b", "/", "a" * 201, "a" * 10_000, "a\nb", "a\x00", "\ud800", "a\u200bb", 5, None, b"a"]
+BAD_NAMES: list[Any] = [
+    "",
+    " a",
+    "a ",
+    "a/b",
+    "/",
+    "a" * 201,
+    "a" * 10_000,
+    "a\nb",
+    "a\x00",
+    "\ud800",
+    "a\u200bb",
+    5,
+    None,
+    b"a",
+]
 
 
 @pytest.mark.parametrize("name", BAD_NAMES, ids=lambda name: ascii(name)[:20])
@@ -358,7 +393,9 @@ def test_names_that_are_not_allowed_are_named(mplus: MPlus, name: Any) -> None:
     assert mplus.agents() == []
 
 
-@pytest.mark.parametrize("name", ["🙂", "é" * 200, "𝒳" * 200, "a b", "a\\b", "..", "a:b", "用户", "'; DROP TABLE mplus_agent"])
+@pytest.mark.parametrize(
+    "name", ["🙂", "é" * 200, "𝒳" * 200, "a b", "a\\b", "..", "a:b", "用户", "'; DROP TABLE mplus_agent"]
+)
 def test_names_that_are_allowed_are_kept(mplus: MPlus, name: str) -> None:
     mplus.agent(name, namespace=name).remember("Maya lives in Oslo.")
     assert [(record.namespace, record.name) for record in mplus.agents(name)] == [(name, name)]

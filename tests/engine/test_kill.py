@@ -56,7 +56,7 @@ def marked_transactions(mplus: MPlus, in_transaction: InTransaction) -> Iterator
         with ExitStack() as until_committed, real(agent) as tx:
             until_committed.enter_context(in_transaction())
             yield tx
-            time.sleep(0.003)  # written, not committed
+            time.sleep(0.008)  # written, not committed
 
     mplus.store.write = write  # type: ignore[method-assign]
     yield

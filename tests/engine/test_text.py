@@ -114,7 +114,9 @@ def test_what_could_have_become_a_stop_string_is_released() -> None:
 
 @settings(deadline=None, max_examples=60)
 @given(
-    st.one_of(ANY_TEXT, st.text(st.sampled_from("a \n🙂é"), min_size=1, max_size=300), st.builds(prose, st.integers(1, 120))),
+    st.one_of(
+        ANY_TEXT, st.text(st.sampled_from("a \n🙂é"), min_size=1, max_size=300), st.builds(prose, st.integers(1, 120))
+    ),
     st.integers(5, 60),
 )
 def test_pieces_are_the_document_and_never_too_large(text: str, max_tokens: int) -> None:
