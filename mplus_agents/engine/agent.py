@@ -80,7 +80,8 @@ class Agent:
             What was made durable, or why nothing was injected.
 
         Raises:
-            InvalidInputError: Something cannot be remembered. Nothing was stored, but for what an iterator gave before.
+            InvalidInputError: Something cannot be remembered. Nothing was stored, but for what came before it in an
+                iterator, or before a document that has changed.
             ConflictError: Another process wrote to the agent at the same time; call again.
             StoreError: The database failed; the message says so, and everything acknowledged before is still there.
         """
@@ -245,7 +246,7 @@ class Agent:
             return resident.window_text
 
     def clear_window(self) -> int:
-        """Forget what waits in the window without injecting it.
+        """Forget what waits in the window without injecting it; a document whose end waits there is not read again.
 
         Returns:
             How many turns were dropped.

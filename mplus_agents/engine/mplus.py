@@ -112,7 +112,7 @@ class MPlus:
         Args:
             name: 1 to 200 printable characters without `/`.
             namespace: Where the name is unique; likewise.
-            seed: Seed of a new agent's random draws; derived from the names if None.
+            seed: Seed of a new agent's random draws; derived from the names if None. One that exists keeps its own.
             create: Create the agent if there is none.
 
         Raises:

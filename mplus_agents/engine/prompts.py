@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from jinja2.exceptions import TemplateError
+
 from mplus_agents.engine.records import Message
 from mplus_agents.engine.text import TextCodec
+from mplus_agents.errors import InvalidInputError
 
 # Changes to how turns are written or gathered get a new number; every event keeps the one it was logged under.
 POLICY_VERSION = 1
@@ -31,6 +35,13 @@ class Prompt:
     stop: tuple[str, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class _Part:
+    text: str
+    is_query: bool = False
+    is_template: bool = False
+
+
 def write_turn(role: str | None, content: str) -> str:
     """Write one turn, or a piece of a document, as it is remembered and shown.
 
@@ -53,7 +64,7 @@ def question_prompt(codec: TextCodec, window: str, question: str) -> Prompt:
         messages = [Message("system", window)] if window else []
         return chat_prompt(codec, [*messages, Message("user", question)])
     lead = f"{window.rstrip()}\n\n" if window else ""
-    return _join(codec, [(lead, False), (f"Question: {question}\nAnswer:", True)])
+    return _join(codec, [_Part(lead), _Part(f"Question: {question}\nAnswer:", is_query=True)])
 
 
 def chat_prompt(codec: TextCodec, messages: Sequence[Message], lead: str = "") -> Prompt:
@@ -65,29 +76,48 @@ def chat_prompt(codec: TextCodec, messages: Sequence[Message], lead: str = "") -
         lead: Text in front, such as the window's; with a chat template it becomes a system turn.
     """
     if codec.chat_template is None:
-        parts = [(f"{lead.rstrip()}\n", False)] if lead else []
-        parts += [(write_turn(message.role, message.content), False) for message in messages[:-1]]
-        parts.append((write_turn(messages[-1].role, messages[-1].content), True))
-        return _join(codec, [*parts, ("Assistant:", False)])
-    turns = [{"role": message.role, "content": message.content} for message in messages]
-    if lead:
-        turns.insert(0, {"role": "system", "content": lead})
-    text = str(codec.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+        parts = [_Part(f"{lead.rstrip()}\n")] if lead else []
+        parts += [_Part(write_turn(message.role, message.content)) for message in messages[:-1]]
+        parts.append(_Part(write_turn(messages[-1].role, messages[-1].content), is_query=True))
+        return _join(codec, [*parts, _Part("Assistant:")])
+    turns = [Message("system", lead), *messages] if lead else list(messages)
+    return _join(codec, _split_template(codec, turns))
+
+
+def _split_template(codec: TextCodec, turns: Sequence[Message]) -> list[_Part]:
+    """Render the chat template, its own text apart from the turns'.
+
+    The template is rendered with marks in place of what was said. So special tokens count in the template alone, and
+    the turn to be answered is known whatever its text is.
+    """
+    marks = [f"\ue000{place}\ue001" for place in range(len(turns))]
+    marked = [{"role": turn.role, "content": mark} for turn, mark in zip(turns, marks, strict=True)]
+    try:
+        text = str(codec.tokenizer.apply_chat_template(marked, tokenize=False, add_generation_prompt=True))
+    except TemplateError as error:
+        roles = ", ".join(turn.role for turn in turns)
+        raise InvalidInputError(
+            "messages", roles, f"roles in an order that the chat template takes ({error})"
+        ) from error
     # Every layer has a beginning-of-sequence row of its own.
     bos = codec.tokenizer.bos_token
     text = text.removeprefix(str(bos)) if bos else text
-    ids, offsets = codec.encode_prompt(text)
-    content = messages[-1].content.strip()
-    first = text.rfind(content)
-    is_query = [start < first + len(content) and end > first for start, end in offsets]
-    return Prompt(ids, is_query if first >= 0 and any(is_query) else [True] * len(ids), ())
+    parts: list[_Part] = []
+    for piece in re.split("(\ue000\\d+\ue001)", text):
+        if piece in marks:
+            place = marks.index(piece)
+            parts.append(_Part(turns[place].content.strip(), is_query=place == len(turns) - 1))
+        else:
+            parts.append(_Part(piece, is_template=True))
+    return parts
 
 
-def _join(codec: TextCodec, parts: Sequence[tuple[str, bool]]) -> Prompt:
+def _join(codec: TextCodec, parts: Sequence[_Part]) -> Prompt:
     ids: list[int] = []
     is_query: list[bool] = []
-    for text, queries in parts:
-        part_ids = codec.encode(text)
+    for part in parts:
+        part_ids = codec.encode_template(part.text) if part.is_template else codec.encode(part.text)
         ids += part_ids
-        is_query += [queries] * len(part_ids)
-    return Prompt(ids, is_query, PLAIN_STOPS)
+        is_query += [part.is_query] * len(part_ids)
+    is_plain = not any(part.is_template for part in parts)
+    return Prompt(ids, is_query if any(is_query) else [True] * len(ids), PLAIN_STOPS if is_plain else ())

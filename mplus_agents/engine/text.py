@@ -70,21 +70,15 @@ class TextCodec:
         """
         return cast(list[int], self._tokenize(text)["input_ids"])
 
-    def encode_prompt(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Return the tokens of a rendered chat template, special tokens read as such, with their character ranges.
+    def encode_template(self, text: str) -> list[int]:
+        """Return the tokens of a chat template's own text, special tokens read as such.
 
         Args:
-            text: The rendered template.
+            text: The text.
         """
         with self._lock:
-            encoded = self.tokenizer(
-                text,
-                add_special_tokens=False,
-                split_special_tokens=False,
-                return_offsets_mapping=True,
-                verbose=False,
-            )
-        return cast(list[int], encoded["input_ids"]), cast(list[tuple[int, int]], encoded["offset_mapping"])
+            encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=False, verbose=False)
+        return cast(list[int], encoded["input_ids"])
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of tokens, special ones left out.

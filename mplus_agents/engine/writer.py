@@ -17,7 +17,7 @@ from mplus_agents.engine.prompts import POLICY_VERSION, write_turn
 from mplus_agents.engine.records import Document, Message, Receipt
 from mplus_agents.engine.resident import Resident, Waiting
 from mplus_agents.engine.text import TextCodec
-from mplus_agents.errors import InvalidInputError
+from mplus_agents.errors import InvalidInputError, StoreError
 from mplus_agents.memory import MemoryDelta, MemoryReceipt
 from mplus_agents.model import MPlusModel
 from mplus_agents.store import InjectionTensors, Store, WriteTransaction
@@ -116,6 +116,7 @@ class Writer:
         Raises:
             InvalidInputError: The part read before has changed.
         """
+        self.commit()  # what was given before it stays, whatever is wrong with the document
         text = document.text
         source_id = document.source_id or content_id(text)
         start, digest = self._resume(source_id, text)
@@ -135,7 +136,7 @@ class Writer:
                 self._inject(self._resident.window)
             self._on_progress(len(piece), len(ids))
             self._commit_if_due()
-            if time.monotonic() - self._group_started > _MAX_GROUP_S:
+            if self._group and time.monotonic() - self._group_started > _MAX_GROUP_S:
                 self.commit()
         self.commit()
 
@@ -159,26 +160,15 @@ class Writer:
             ConflictError: Another writer moved the agent; nothing of this was stored.
             StoreError: The database failed; nothing of this was stored.
         """
-        resident = self._resident
         if not (self._new_items or self._group or self._progress or self._has_flush):
             return
-        with self._store.write(resident.record) as tx:
-            for item in self._new_items:
-                self._log(tx, item)
-            for injection in self._group:
-                self._store_injection(tx, injection)
-            staying = [item for item in resident.window if not item.is_stored_in_window]
-            tx.add_to_window([item.seq for item in staying if item.seq is not None])
-            if self._has_flush:
-                tx.add_event("flush", policy_version=POLICY_VERSION)
-            if self._progress is not None:
-                tx.set_source(
-                    self._progress.source_id,
-                    next_offset=self._progress.next_offset,
-                    prefix_digest=self._progress.prefix_digest,
-                    is_done=self._progress.is_done,
-                )
-        resident.record = tx.agent
+        try:
+            with self._store.write(self._resident.record) as tx:
+                staying = self._store_all(tx)
+        except StoreError as error:
+            lost = f"{len(self._new_items)} new turns or pieces and {len(self._group)} injections"
+            raise type(error)(f"{error} (not stored: {lost} of agent {self._resident.record.name!r})") from error
+        self._resident.record = tx.agent
         for item in staying:
             item.is_stored_in_window = True
         self._new_items, self._group, self._progress, self._has_flush = [], [], None, False
@@ -257,6 +247,25 @@ class Writer:
             self._notes.append(f"{source_id} went on at character {source.next_offset:,}")
         self._on_progress(source.next_offset, 0)
         return source.next_offset, digest
+
+    def _store_all(self, tx: WriteTransaction) -> list[Waiting]:
+        """Put everything done so far into a transaction; return what enters the stored window."""
+        for item in self._new_items:
+            self._log(tx, item)
+        for injection in self._group:
+            self._store_injection(tx, injection)
+        staying = [item for item in self._resident.window if not item.is_stored_in_window]
+        tx.add_to_window([item.seq for item in staying if item.seq is not None])
+        if self._has_flush:
+            tx.add_event("flush", policy_version=POLICY_VERSION)
+        if self._progress is not None:
+            tx.set_source(
+                self._progress.source_id,
+                next_offset=self._progress.next_offset,
+                prefix_digest=self._progress.prefix_digest,
+                is_done=self._progress.is_done,
+            )
+        return staying
 
     def _log(self, tx: WriteTransaction, item: Waiting) -> None:
         item.seq = tx.add_event(

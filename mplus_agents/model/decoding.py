@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Self, cast
@@ -54,14 +55,18 @@ class GenerationOptions:
     def __post_init__(self) -> None:
         if type(self.max_new_tokens) is not int or self.max_new_tokens < 1:
             raise InvalidInputError("max_new_tokens", self.max_new_tokens, "a whole number from 1")
-        if not self.temperature > 0:
+        if type(self.do_sample) is not bool:
+            raise InvalidInputError("do_sample", self.do_sample, "true or false")
+        if not (_is_number(self.temperature) and self.temperature > 0):
             raise InvalidInputError("temperature", self.temperature, "a number above 0 (do_sample=False for greedy)")
-        if self.top_k is not None and self.top_k < 1:
+        if self.top_k is not None and (type(self.top_k) is not int or self.top_k < 1):
             raise InvalidInputError("top_k", self.top_k, "a whole number from 1, or None")
-        if not 0 < self.top_p <= 1:
-            raise InvalidInputError("top_p", self.top_p, "above 0, at most 1")
-        if not self.repetition_penalty > 0:
+        if not (_is_number(self.top_p) and 0 < self.top_p <= 1):
+            raise InvalidInputError("top_p", self.top_p, "a number above 0, at most 1")
+        if not (_is_number(self.repetition_penalty) and self.repetition_penalty > 0):
             raise InvalidInputError("repetition_penalty", self.repetition_penalty, "a number above 0")
+        if self.seed is not None and (type(self.seed) is not int or not 0 <= self.seed < 2**63):
+            raise InvalidInputError("seed", self.seed, "a whole number from 0 to 2**63 - 1, or None")
 
     @classmethod
     def from_kwargs(cls, **options: Any) -> Self:
@@ -90,6 +95,10 @@ class GenerationOptions:
             if self.top_p < 1.0:
                 chosen.append(TopPLogitsWarper(self.top_p))
         return chosen
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import sqlalchemy as sa
@@ -61,6 +61,7 @@ class Database:
         self._engine = target if isinstance(target, sa.Engine) else _create_engine(target, busy_timeout_s)
         _check_driver(self._engine)
         self.url = self._engine.url.render_as_string(hide_password=True)
+        sa.event.listen(self._engine, "invalidate", _roll_back)
         # Writers of this process queue here, without polling; those of other processes meet in SQLite.
         self._write_lock = threading.Lock()
         self._writing_thread: int | None = None
@@ -179,6 +180,15 @@ class Database:
         if mode not in ("wal", "memory"):
             raise StoreError(f"the database cannot keep a write-ahead log, its journal mode stays {mode} ({self.url})")
         return mode
+
+
+def _roll_back(driver: sqlite3.Connection, record: object, error: BaseException | None) -> None:
+    """Let go of the write lock before a connection is given up.
+
+    SQLAlchemy closes a connection that a KeyboardInterrupt hit; SQLite keeps the lock until its last cursor is gone.
+    """
+    with suppress(sqlite3.Error):
+        driver.rollback()
 
 
 def _create_engine(target: str, busy_timeout_s: float) -> sa.Engine:

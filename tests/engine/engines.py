@@ -26,30 +26,8 @@ from mplus_agents.store import EventRecord, Store
 TINY = Path(__file__).parents[2] / "mplus_agents" / "assets" / "mplus-tiny"
 CHUNK, MINIMUM, NUM_NEW = 128, 16, 16
 PROBE = "Where does Maya live, and what is her dog called?"
-_WORDS = [
-    "Maya",
-    "Oslo",
-    "dog",
-    "Ferry",
-    "lives",
-    "was",
-    "called",
-    "the",
-    "a",
-    "blue",
-    "table",
-    "on",
-    "under",
-    "river",
-    "and",
-    "of",
-    "index",
-    "memory",
-    "agent;",
-    "17",
-    "(so)",
-    "é",
-]
+_VOCABULARY = "Maya Oslo dog Ferry lives was called the a blue table on under river and of index memory agent; 17 so é"
+_WORDS = _VOCABULARY.split(" ")
 
 
 @cache

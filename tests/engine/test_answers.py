@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 from mplus_agents import Agent, MPlus
 from mplus_agents.engine import Document, Generation, Message
 from mplus_agents.engine.text import TextCodec
-from mplus_agents.model import MPlusModel
+from mplus_agents.model import MPlusModel, decoding
 from tests.engine.engines import (
     check_accounts,
     engine,
@@ -42,7 +43,7 @@ def said_before(ids: torch.Tensor, end: int = 0) -> str:
     return tiny_codec().decode(ids[0, : ids.shape[1] - end].tolist())
 
 
-def prompts_of(model: MPlusModel) -> mock._patch[object]:
+def prompts_of(model: MPlusModel) -> Any:
     """Watch what the model is given to read."""
     return mock.patch.object(model, "forward_cached", side_effect=model.forward_cached)
 
@@ -71,7 +72,7 @@ def test_ask_shows_the_window_and_generate_does_not(filled: Agent) -> None:
         filled.ask("Where?", max_new_tokens=1)
         filled.chat("Where?", max_new_tokens=1)
         filled.generate([Message("user", "Where?")], max_new_tokens=1)
-    asked, chatted, generated = (said_before(call.args[0]) for call in read.call_args_list)  # type: ignore[attr-defined]
+    asked, chatted, generated = (said_before(call.args[0]) for call in read.call_args_list)
     assert asked.endswith("User: Maya lives in Oslo.\n\nQuestion: Where?\nAnswer:")
     assert chatted.endswith("User: Maya lives in Oslo.\nUser: Where?\nAssistant:")
     assert generated == "User: Where?\nAssistant:"
@@ -182,7 +183,7 @@ def test_an_answer_ends_before_its_stop_string(filled: Agent, as_list: bool) -> 
     answer = filled.generate(question, max_new_tokens=60, stop=[stop, "never"] if as_list else stop)
     assert stop not in answer.text
     assert answer.finish_reason == "stop"
-    assert answer.text == whole[: whole.index(stop)]
+    assert answer.text == whole[: whole.index(stop)].rstrip()
     assert answer.num_new_tokens < 60
 
 
@@ -239,10 +240,8 @@ def test_only_the_last_turn_queries(filled: Agent) -> None:
         seen.append(arguments[4])  # type: ignore[arg-type]
         return real(*arguments)  # type: ignore[arg-type]
 
-    from mplus_agents.engine import answering
-
-    real = answering.decode
-    with mock.patch.object(answering, "decode", spy):
+    real = decoding.decode
+    with mock.patch("mplus_agents.engine.answering.decode", spy):
         filled.chat("Where?", max_new_tokens=1)
     (mask,) = seen
     assert mask is not None
@@ -257,9 +256,9 @@ def test_a_chat_template_is_used_end_to_end(tmp_path: Path) -> None:
         agent.remember(Message("user", "Maya lives in Oslo."))
         with prompts_of(tiny()) as read:
             agent.ask("Where?", max_new_tokens=1)
-        ids = read.call_args_list[0].args[0][0].tolist()  # type: ignore[attr-defined]
+        ids = read.call_args_list[0].args[0][0].tolist()
         assert tokenizer.decode(ids) == (
-            "<|system|>\nUser: Maya lives in Oslo.\n<|end|>\n<|user|>\nWhere?<|end|>\n<|assistant|>\n"
+            "<|system|>\nUser: Maya lives in Oslo.<|end|>\n<|user|>\nWhere?<|end|>\n<|assistant|>\n"
         )
         answer = agent.chat("Where?", max_new_tokens=4)
         assert (

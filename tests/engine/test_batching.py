@@ -255,7 +255,7 @@ def test_where_transactions_end_makes_no_difference(tmp_path: Path, monkeypatch:
             versions.append(mplus.agents()[0].version)
             assert with_version(agent) == reopened(agent)
     assert all(state == states[0] for state in states)
-    assert versions[0] == versions[3] > versions[1] > versions[2]
+    assert versions[0] >= versions[3] > versions[1] > versions[2]
 
 
 @pytest.mark.parametrize("every", [1, 3, 64])

@@ -1,12 +1,13 @@
-"""The database fails, another writer is first, the agent is gone: the agent says so and goes on from what is durable."""
+"""The database fails, another writer is first, the agent is gone: it says so, and goes on from what is durable."""
 
 from __future__ import annotations
 
 import sqlite3
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -164,11 +165,13 @@ def test_a_commit_that_lasted_although_it_seemed_to_fail_counts(bob: Agent) -> N
     assert with_version(bob) == reopened(bob)
 
 
-@pytest.mark.xfail(reason="SQLAlchemy closes the connection, and SQLite keeps the lock while a cursor is alive")
 def test_an_interrupt_in_the_middle_of_a_statement_lets_go_of_the_lock(bob: Agent, sql: sa.Engine) -> None:
-    def interrupt(cursor: sqlite3.Cursor, statement: str, parameters: object, context: object) -> None:
-        cursor.execute("DELETE FROM mplus_window")
-        raise KeyboardInterrupt
+    def interrupt(cursor: sqlite3.Cursor, statement: str, rows: Sequence[Any], context: object) -> None:
+        def broken_off() -> Iterator[Any]:
+            yield rows[0]
+            raise KeyboardInterrupt
+
+        cursor.executemany(statement, broken_off())
 
     before = with_version(bob)
     sa.event.listen(sql, "do_executemany", interrupt)
@@ -361,7 +364,8 @@ def test_a_damaged_page_is_our_error_and_other_agents_are_not_harmed(tmp_path: P
         mplus.agent("b").remember(prose(300))
     with sqlite3.connect(path) as raw:
         raw.execute(
-            "UPDATE mplus_page SET blob = CAST(substr(blob, 1, length(blob) - 1) || x'00' AS BLOB) WHERE injection_id = 1"
+            "UPDATE mplus_page SET blob = CAST(substr(blob, 1, length(blob) - 1) || x'00' AS BLOB) "
+            "WHERE injection_id = 1"
         )
     raw.close()
     with engine(path, small()) as mplus:

@@ -115,9 +115,6 @@ def read_with_interrupts(path: Path, seed: int) -> None:
         assert num_interrupts > 3
 
 
-@pytest.mark.xfail(
-    reason="the lock may stay: see test_an_interrupt_in_the_middle_of_a_statement_lets_go_of_the_lock", strict=False
-)
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_signals_at_any_moment_do_no_harm(
     reader: Agent,

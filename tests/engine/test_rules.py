@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -47,7 +46,9 @@ def letters() -> TextCodec:
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()
     return TextCodec(
-        PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+        PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+            tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+        )
     )
 
 
@@ -158,11 +159,11 @@ def test_snapshots_keep_a_genesis(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.fixture
-def path(tmp_path: Path) -> Iterator[Path]:
+def path(tmp_path: Path) -> Path:
     """A database with an agent of the published fixture."""
     with engine(tmp_path / "a.db", published("mplus"), letters()) as mplus:
         mplus.agent("a").remember(ascii_prose(110, 0))
-    yield tmp_path / "a.db"
+    return tmp_path / "a.db"
 
 
 def refused(path: Path, model: MPlusModel, codec: TextCodec) -> dict[str, tuple[str, str]]:

@@ -34,7 +34,7 @@ def stream(ids: list[int], stop: list[str]) -> tuple[list[str], bool]:
 def byte_ids(text: str) -> list[int]:
     """A token per byte: the hardest case for whole characters."""
     codec = tiny_codec()
-    table = {codec.tokenizer.backend_tokenizer.id_to_token(i): i for i in range(2, 258)}  # type: ignore[attr-defined]
+    table = {codec.tokenizer.backend_tokenizer.id_to_token(i): i for i in range(2, 258)}
     ids = []
     for byte in text.encode():
         is_plain = 33 <= byte <= 126 or 161 <= byte <= 172 or byte >= 174
@@ -152,7 +152,7 @@ def test_the_fingerprint_tells_tokenizers_apart_and_stays(tmp_path: Path) -> Non
     codec = tiny_codec()
     before = codec.fingerprint()
     codec.encode("<|end|>")
-    codec.encode_prompt("<|end|>")
+    codec.encode_template("<|end|>")
     assert codec.fingerprint() == before
     other = copy.deepcopy(codec.tokenizer)
     other.chat_template = "{{ messages }}"
@@ -169,7 +169,7 @@ def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
 
 def test_threads_that_read_special_tokens_and_threads_that_do_not_do_not_meet() -> None:
     codec = tiny_codec()
-    plain, special = codec.encode("say <|end|> now"), codec.encode_prompt("say <|end|> now")[0]
+    plain, special = codec.encode("say <|end|> now"), codec.encode_template("say <|end|> now")
     assert 1 in special
     assert 1 not in plain
 
@@ -177,7 +177,7 @@ def test_threads_that_read_special_tokens_and_threads_that_do_not_do_not_meet() 
         if number % 3 == 0:
             return codec.encode("say <|end|> now") == plain
         if number % 3 == 1:
-            return codec.encode_prompt("say <|end|> now")[0] == special
+            return codec.encode_template("say <|end|> now") == special
         return codec.decode(plain * 50).startswith("say <|end|> now")
 
     with ThreadPoolExecutor(8) as pool:

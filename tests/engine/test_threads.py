@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 
 from mplus_agents import Agent
 from mplus_agents.engine import Message
+from mplus_agents.errors import AgentNotFoundError
 from tests.engine.engines import (
     check_accounts,
     check_documents,
@@ -28,7 +30,7 @@ from tests.engine.engines import (
 pytestmark = pytest.mark.timeout(60)
 
 
-def run_all(jobs: list[Callable[[], Any]]) -> list[Any]:
+def run_all(jobs: Sequence[Callable[[], Any]]) -> list[Any]:
     """Start all jobs at one moment, each in its thread."""
     barrier = threading.Barrier(len(jobs))
 
@@ -57,7 +59,7 @@ def test_threads_on_one_agent_lose_nothing(tmp_path: Path, url: str) -> None:
                 agent.tokens(0)
                 assert agent.window is not None
 
-        run_all([lambda tag=tag: (tell if tag % 2 else read)(tag) for tag in range(8)])  # type: ignore[misc]
+        run_all([partial(tell if tag % 2 else read, tag) for tag in range(8)])
         check_accounts(agent)
         check_documents(agent, {f"{tag}": prose(120, tag) for tag in (1, 3, 5, 7)})
         told = [(event.text or "").split()[0] for event in log_of(agent) if event.kind == "message"]
@@ -82,7 +84,7 @@ def test_agents_in_threads_end_as_agents_one_by_one(tmp_path: Path) -> None:
     for is_at_once in (False, True):
         with engine(tmp_path / f"{is_at_once}.db", small()) as mplus:
             agents = [mplus.agent(name) for name in names]
-            jobs = [lambda agent=agent, seed=seed: live(agent, seed) for seed, agent in enumerate(agents)]  # type: ignore[misc]
+            jobs = [partial(live, agent, seed) for seed, agent in enumerate(agents)]
             answers = run_all(jobs) if is_at_once else [job() for job in jobs]
             for agent in agents:
                 check_accounts(agent)
@@ -118,12 +120,10 @@ def test_streams_at_once_on_one_agent_equal_streams_one_by_one(tmp_path: Path) -
             return agent.generate([question], max_new_tokens=15).text
 
         expected = [answer(question) for question in questions]
-        assert run_all([lambda q=question: answer(q) for question in questions]) == expected  # type: ignore[misc]
+        assert run_all([partial(answer, question) for question in questions]) == expected
 
 
 def test_an_agent_deleted_under_its_readers_fails_cleanly(tmp_path: Path) -> None:
-    from mplus_agents.errors import AgentNotFoundError
-
     with engine(tmp_path / "a.db", small()) as mplus:
         agent = mplus.agent("a")
         agent.remember(prose(300))
@@ -141,6 +141,6 @@ def test_an_agent_deleted_under_its_readers_fails_cleanly(tmp_path: Path) -> Non
                 return str(error)
             return "no error"
 
-        errors = run_all([lambda number=number: use(number) for number in range(6)])  # type: ignore[misc]
+        errors = run_all([partial(use, number) for number in range(6)])
         assert set(errors) == {"agent 'a' was deleted"}
         assert mplus.agents() == []
