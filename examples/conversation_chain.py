@@ -21,8 +21,8 @@ with MPlus.from_pretrained("mplus-tiny", store=STORE) as mplus:
     agent = mplus.agent("alice")  # opened if it exists, created if not
     chain = ConversationChain(llm=ChatMPlus(agent=agent), memory=MPlusMemory(agent=agent))
 
-    print("AI:", chain.predict(input="Maya lives in Oslo and works at the harbour."))
-    print("AI:", chain.predict(input="Where does Maya live?"))
+    print("AI:", ascii(chain.predict(input="Maya lives in Oslo and works at the harbour.")))
+    print("AI:", ascii(chain.predict(input="Where does Maya live?")))
 
     stats = agent.stats()
     print(f"{stats.num_events} entries in the log: {stats.num_injections} injections in memory,", end=" ")

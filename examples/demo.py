@@ -81,7 +81,7 @@ def talk_and_read(store: str, saved: Path, max_chars: int | None) -> int:
             soft_wrap=True,
         )
         started = time.monotonic()
-        receipt = agent.remember(book, progress=True)
+        receipt = agent.remember(book)
         seconds = time.monotonic() - started
         stats = agent.stats()
         rows = {
@@ -178,7 +178,7 @@ def load(store: str) -> MPlus:
 
     from mplus_agents import MPlus
 
-    torch.set_num_threads(1)  # a second thread gains about 5 % on so small a model (measured), for a whole core
+    torch.set_num_threads(1)  # more gain little on so small a model, and lose much on a busy machine
     mplus = MPlus.from_pretrained("mplus-tiny", store=store)
     console.print(
         f"mplus-tiny loaded on {mplus.model.device} in {time.monotonic() - started:.1f} s, PyTorch included; "

@@ -76,15 +76,16 @@ class FingerprintMismatchError(StoreError):
     Args:
         agent: The agent's name.
         fields: For each differing field, the stored value and the value of the model at hand.
+        model: What the model was called that made the agent.
     """
 
-    def __init__(self, agent: str, fields: dict[str, tuple[str, str]]) -> None:
+    def __init__(self, agent: str, fields: dict[str, tuple[str, str]], model: str = "another model") -> None:
         self.agent = agent
         self.fields = fields
         listed = "; ".join(
             f"{name}: stored {_shorten(old)}, model has {_shorten(new)}" for name, (old, new) in fields.items()
         )
-        super().__init__(f"agent {agent!r} was made with another model ({listed})")
+        super().__init__(f"agent {agent!r} was made with {model}, and the model at hand is not the same ({listed})")
 
 
 def _shorten(text: str, max_chars: int = 80) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,10 +13,11 @@ from mplus_agents.cli.output import note, working
 from mplus_agents.errors import AgentNotFoundError, StoreError
 
 if TYPE_CHECKING:
-    from mplus_agents.engine import Agent
+    from mplus_agents.engine import Agent, MPlus
     from mplus_agents.store import Store
 
 _TINY_MODEL = "mplus-tiny"
+_SMALL_MODEL_PARAMETERS = 50_000_000
 _TINY_NOTE = (
     "mplus-tiny has random weights for now: its memory works, but its answers are noise. "
     "For answers, choose a trained model with --model."
@@ -60,6 +62,7 @@ class Session:
             from mplus_agents.engine import MPlus
 
             mplus = MPlus.from_pretrained(self.model, store=self.store, device=self.device)
+            _keep_to_one_thread(mplus)
         with mplus:
             try:
                 agent = mplus.agent(self.agent, namespace=self.namespace, create=False)
@@ -74,6 +77,15 @@ class Session:
         """Say on stderr that the built-in model cannot answer yet, if it is the one in use."""
         if self.model == _TINY_MODEL:
             note(_TINY_NOTE)
+
+
+def _keep_to_one_thread(mplus: MPlus) -> None:
+    """Run a small model on one thread: more gain little, and on a busy machine wait for each other most of the time."""
+    import torch
+
+    is_small = sum(parameter.numel() for parameter in mplus.model.parameters()) < _SMALL_MODEL_PARAMETERS
+    if is_small and mplus.model.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
 
 
 @contextmanager

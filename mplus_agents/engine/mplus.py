@@ -160,7 +160,7 @@ class MPlus:
             self._agents.pop((agent.namespace, agent.name), None)
 
     def _create(self, key: tuple[str, str], seed: int) -> AgentRecord:
-        settings: dict[str, str | int] = {"policy_version": POLICY_VERSION, "codec": "raw"}
+        settings: dict[str, str | int] = {"policy_version": POLICY_VERSION, "codec": "raw", "model": self.name}
         try:
             return self.store.create_agent(*key, fingerprint=self._fingerprint, seed=seed, settings=settings)
         except ConflictError:  # another process created it just now
@@ -177,7 +177,7 @@ class MPlus:
             if record.fingerprint.get(name) != self._fingerprint.get(name)
         }
         if fields:
-            raise FingerprintMismatchError(record.name, fields)
+            raise FingerprintMismatchError(record.name, fields, str(record.settings.get("model", "another model")))
 
 
 def _seed_of(key: tuple[str, str]) -> int:

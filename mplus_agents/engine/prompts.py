@@ -61,8 +61,7 @@ def question_prompt(codec: TextCodec, window: str, question: str) -> Prompt:
         question: The question.
     """
     if codec.chat_template is not None:
-        messages = [Message("system", window)] if window else []
-        return chat_prompt(codec, [*messages, Message("user", question)])
+        return chat_prompt(codec, [Message("user", question)], lead=window)
     lead = f"{window.rstrip()}\n\n" if window else ""
     return _join(codec, [_Part(lead), _Part(f"Question: {question}\nAnswer:", is_query=True)])
 
@@ -73,24 +72,28 @@ def chat_prompt(codec: TextCodec, messages: Sequence[Message], lead: str = "") -
     Args:
         codec: The tokenizer.
         messages: The turns; the last one is answered.
-        lead: Text in front, such as the window's; with a chat template it becomes a system turn.
+        lead: Text in front, such as the window's; with a chat template it stands at the head of the last turn. It is
+            never a system turn: whoever writes a document must not speak with that voice.
     """
     if codec.chat_template is None:
         parts = [_Part(f"{lead.rstrip()}\n")] if lead else []
         parts += [_Part(write_turn(message.role, message.content)) for message in messages[:-1]]
         parts.append(_Part(write_turn(messages[-1].role, messages[-1].content), is_query=True))
         return _join(codec, [*parts, _Part("Assistant:")])
-    turns = [Message("system", lead), *messages] if lead else list(messages)
-    return _join(codec, _split_template(codec, turns))
+    return _join(codec, _split_template(codec, messages, lead))
 
 
-def _split_template(codec: TextCodec, turns: Sequence[Message]) -> list[_Part]:
+def _split_template(codec: TextCodec, turns: Sequence[Message], lead: str) -> list[_Part]:
     """Render the chat template, its own text apart from the turns'.
 
     The template is rendered with marks in place of what was said. So special tokens count in the template alone, and
     the turn to be answered is known whatever its text is.
     """
     marks = [f"\ue000{place}\ue001" for place in range(len(turns))]
+    contents = [_Part(turn.content.strip(), place == len(turns) - 1) for place, turn in enumerate(turns)]
+    if lead:
+        marks[-1] = f"\ue000{len(turns)}\ue001\n\n{marks[-1]}"
+        contents.append(_Part(lead.strip()))
     marked = [{"role": turn.role, "content": mark} for turn, mark in zip(turns, marks, strict=True)]
     try:
         text = str(codec.tokenizer.apply_chat_template(marked, tokenize=False, add_generation_prompt=True))
@@ -103,12 +106,8 @@ def _split_template(codec: TextCodec, turns: Sequence[Message]) -> list[_Part]:
     bos = codec.tokenizer.bos_token
     text = text.removeprefix(str(bos)) if bos else text
     parts: list[_Part] = []
-    for piece in re.split("(\ue000\\d+\ue001)", text):
-        if piece in marks:
-            place = marks.index(piece)
-            parts.append(_Part(turns[place].content.strip(), is_query=place == len(turns) - 1))
-        else:
-            parts.append(_Part(piece, is_template=True))
+    for place, piece in enumerate(re.split("\ue000(\\d+)\ue001", text)):
+        parts.append(contents[int(piece)] if place % 2 else _Part(piece, is_template=True))
     return parts
 
 

@@ -41,7 +41,8 @@ class Receipt:
     """What `remember` or `flush` did; everything it counts is durable.
 
     Attributes:
-        injection_ids: The injections made, oldest first.
+        num_injections: Injections made.
+        injection_ids: Their ids, oldest first.
         num_text_tokens: Text tokens injected.
         num_memory_tokens: New memory tokens per layer.
         num_dropped: Tokens per layer that went from θ to Θ.
@@ -51,6 +52,7 @@ class Receipt:
         note: Why less was injected than was given; empty if nothing is worth saying.
     """
 
+    num_injections: int
     injection_ids: tuple[int, ...] = field(repr=False)
     num_text_tokens: int
     num_memory_tokens: int
@@ -59,11 +61,6 @@ class Receipt:
     num_bytes: int
     num_waiting_tokens: int
     note: str = ""
-
-    @property
-    def num_injections(self) -> int:
-        """How many injections were made."""
-        return len(self.injection_ids)
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,6 +41,8 @@ class TextCodec:
         Raises:
             CheckpointError: There is none, or it is not a fast one.
         """
+        if not (Path(folder) / "tokenizer.json").is_file():
+            raise CheckpointError(f"no tokenizer in {str(Path(folder))!r}: tokenizer.json is missing")
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(folder))
         except (OSError, ValueError, KeyError) as error:

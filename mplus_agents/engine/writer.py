@@ -186,6 +186,7 @@ class Writer:
         elif not (self._injection_ids or waiting or notes):
             notes.append("nothing was given")
         return Receipt(
+            num_injections=len(self._injection_ids),
             injection_ids=tuple(self._injection_ids),
             num_text_tokens=self._num_text_tokens,
             num_memory_tokens=len(self._injection_ids) * self._model.config.memory.tokens_per_injection,
@@ -237,9 +238,9 @@ class Writer:
         digest.update(text[: source.next_offset].encode())
         if digest.hexdigest() != source.prefix_digest:
             raise InvalidInputError(
-                "documents",
-                f"a text that differs from the first {source.next_offset:,} characters read as {source_id!r}",
-                "the same text, grown at the end, or another source_id",
+                "memories",
+                f"a text that differs in the first {source.next_offset:,} characters from what was read as {source_id}",
+                "the same text, unchanged or grown at its end; or another source_id",
             )
         if source.next_offset == len(text):
             self._notes.append(f"{source_id} was read before; nothing of it is stored twice")

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import fields
 from os import PathLike
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -75,7 +77,12 @@ def load_base(
         # Out of the memory-mapped file: its odd alignment would make matrix products round differently.
         for parameter in decoder.parameters():
             parameter.data = parameter.data.clone()
-        return _build(cls, decoder, config, seed)
+        model = _build(cls, decoder, config, seed)
+    folder = Path(path_or_hub_id)
+    if not folder.is_dir():
+        folder = Path(snapshot_download(str(path_or_hub_id), allow_patterns=["tokenizer*", "*.jinja"]))
+    model.base_folder = folder
+    return model
 
 
 def state_tensors(model: MPlusModel) -> dict[str, torch.Tensor]:

@@ -22,7 +22,6 @@ _ARCHITECTURE_KEYS = (
     "vocab_size",
     "hidden_act",
     "rms_norm_eps",
-    "rope_parameters",
 )
 PARTS = ("weights", "adapters", "retriever", "genesis")
 
@@ -87,16 +86,15 @@ class Fingerprint:
         return {part: _digest(lines) if lines else "none" for part, lines in self._lines.items()}
 
 
-def architecture(config: PretrainedConfig) -> str:
-    """Describe a decoder's shape in one line.
+def architecture(config: PretrainedConfig) -> dict[str, str]:
+    """Describe a decoder's shape, value by value.
 
     Args:
         config: The decoder's configuration.
     """
     values = {key: getattr(config, key, None) for key in _ARCHITECTURE_KEYS}
-    rope = dict(values["rope_parameters"] or {})
-    values["rope_parameters"] = sorted((key, rope[key]) for key in rope)
-    return " ".join(f"{key}={value}" for key, value in values.items())
+    rope = {f"rope.{key}": value for key, value in sorted(dict(config.rope_parameters or {}).items())}
+    return {f"decoder.{key}": str(value) for key, value in {**values, **rope}.items()}
 
 
 def _digest(lines: list[str]) -> str:

@@ -147,10 +147,9 @@ def describe_model(
     decoder: PreTrainedModel, config: MPlusConfig, dtype: torch.dtype, rope: torch.dtype
 ) -> dict[str, str]:
     """Return the fields of a model's fingerprint that are not digests of tensors."""
-    memory = " ".join(f"{key}={value}" for key, value in sorted(config.memory.to_dict().items()))
     return {
-        "architecture": architecture(decoder.config),
-        "memory": memory,
+        **architecture(decoder.config),
+        **{f"memory.{key}": str(value) for key, value in sorted(config.memory.to_dict().items())},
         "dtype": str(dtype).removeprefix("torch."),
         "rope_inv_freq": str(rope).removeprefix("torch."),
     }

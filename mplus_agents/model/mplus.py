@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from os import PathLike
+from pathlib import Path
 from typing import Any, Self, cast
 
 import torch
@@ -36,6 +37,7 @@ class MPlusModel(nn.Module):
         super().__init__()
         self.config = config
         self.source = source
+        self.base_folder: Path | None = None  # of the decoder that `from_base` started from
         self.adapters = dict(parts.adapters)
         self.fingerprint = dict(parts.fingerprint)
         self.decoder = parts.decoder

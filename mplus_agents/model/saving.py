@@ -49,6 +49,7 @@ def save_model(model: MPlusModel, folder: str | PathLike[str]) -> None:
     else:
         tensors = {name: tensor.detach().contiguous() for name, tensor in state_tensors(model).items()}
         save_torch_state_dict(tensors, target)
+        _copy_side_files(model, target)
     if model.decoder.generation_config is not None:
         model.decoder.generation_config.save_pretrained(str(target))
     # The config last: without it the folder is no checkpoint, so an interrupted save cannot be loaded by mistake.
@@ -65,6 +66,14 @@ def _config(model: MPlusModel) -> dict[str, object]:
 def _copy_tensors(source: CheckpointFiles, target: Path) -> None:
     patterns = (*source.files, "model.safetensors.index.json", *_SIDE_FILES)
     for path in sorted({path for pattern in patterns for path in source.folder.glob(pattern)}):
+        shutil.copy2(path, target / path.name)
+
+
+def _copy_side_files(model: MPlusModel, target: Path) -> None:
+    """Bring along the tokenizer of the decoder that a model was made from."""
+    if model.base_folder is None:
+        return
+    for path in sorted({path for pattern in _SIDE_FILES for path in model.base_folder.glob(pattern)}):
         shutil.copy2(path, target / path.name)
 
 

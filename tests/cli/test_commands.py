@@ -94,7 +94,7 @@ def test_a_changed_beginning_of_a_named_source_is_an_error(mplus: Run, book: Pat
     book.write_text("Another " + book.read_text())
     result = mplus("read", str(book), "--source-id", "book")
     assert result.exit_code == 1
-    assert result.stderr.startswith("mplus: error: documents is ")
+    assert result.stderr.startswith("mplus: error: memories is ")
 
 
 def test_read_takes_standard_input(mplus: Run) -> None:

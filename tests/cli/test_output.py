@@ -19,7 +19,7 @@ def test_a_model_cannot_control_the_terminal() -> None:
 
 
 def test_receipts_in_words() -> None:
-    receipt = Receipt((3,), 120, 16, 0, 0, 41_368, num_waiting_tokens=7)
+    receipt = Receipt(1, (3,), 120, 16, 0, 0, 41_368, num_waiting_tokens=7)
     assert describe_receipt(receipt) == "120 tokens in 1 injection, 41.4 kB stored; 7 tokens wait in the window"
-    nothing = Receipt((), 0, 0, 0, 0, 0, 0, note="nothing was waiting")
+    nothing = Receipt(0, (), 0, 0, 0, 0, 0, 0, note="nothing was waiting")
     assert describe_receipt(nothing) == "nothing was waiting"

@@ -257,9 +257,7 @@ def test_a_chat_template_is_used_end_to_end(tmp_path: Path) -> None:
         with prompts_of(tiny()) as read:
             agent.ask("Where?", max_new_tokens=1)
         ids = read.call_args_list[0].args[0][0].tolist()
-        assert tokenizer.decode(ids) == (
-            "<|system|>\nUser: Maya lives in Oslo.<|end|>\n<|user|>\nWhere?<|end|>\n<|assistant|>\n"
-        )
+        assert tokenizer.decode(ids) == ("<|user|>\nUser: Maya lives in Oslo.\n\nWhere?<|end|>\n<|assistant|>\n")
         answer = agent.chat("Where?", max_new_tokens=4)
         assert (
             agent.window[-2:] == [Message("user", "Where?"), Message("assistant", answer)][: 1 + bool(answer.strip())]

@@ -79,17 +79,16 @@ class TestTemplate:
         turns = [Message("user", "one"), Message("assistant", "two"), Message("user", "three")]
         prompt = chat_prompt(chatml, turns, lead="User: zero\n")
         assert shown(chatml, prompt) == (
-            "<|system|>\nUser: zero<|end|>\n<|user|>\none<|end|>\n<|assistant|>\ntwo<|end|>\n<|user|>\nthree<|end|>\n"
-            "<|assistant|>\n"
+            "<|user|>\none<|end|>\n<|assistant|>\ntwo<|end|>\n<|user|>\nUser: zero\n\nthree<|end|>\n<|assistant|>\n"
         )
         assert 0 not in prompt.ids
-        assert prompt.ids.count(1) == 4
+        assert prompt.ids.count(1) == 3
         assert prompt.stop == ()
 
     def test_a_question_after_the_window(self, chatml: TextCodec) -> None:
         prompt = question_prompt(chatml, "User: Maya lives in Oslo.\n", "Where does she live?")
         assert shown(chatml, prompt) == (
-            "<|system|>\nUser: Maya lives in Oslo.<|end|>\n<|user|>\nWhere does she live?<|end|>\n<|assistant|>\n"
+            "<|user|>\nUser: Maya lives in Oslo.\n\nWhere does she live?<|end|>\n<|assistant|>\n"
         )
         assert shown(chatml, question_prompt(chatml, "", "Where?")) == "<|user|>\nWhere?<|end|>\n<|assistant|>\n"
 
@@ -115,9 +114,9 @@ class TestTemplate:
         turns = [Message("user", text), Message("assistant", "x"), Message("user", text)]
         for lead in ("", text):
             prompt = chat_prompt(chatml, turns, lead=lead)
-            assert prompt.ids.count(1) == 3 + bool(lead)
+            assert prompt.ids.count(1) == 3
             assert 0 not in prompt.ids
-            assert shown(chatml, prompt).count(f"{text}<|end|>\n") == 2 + bool(lead)
+            assert shown(chatml, prompt).count(text) >= 2 + bool(lead)
             assert queried(chatml, prompt).strip() == text
 
     def test_what_was_said_is_shown_as_it_was_said(self) -> None:

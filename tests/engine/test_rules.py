@@ -168,7 +168,7 @@ def path(tmp_path: Path) -> Path:
 
 def refused(path: Path, model: MPlusModel, codec: TextCodec) -> dict[str, tuple[str, str]]:
     with engine(path, model, codec) as mplus:
-        with pytest.raises(FingerprintMismatchError, match="agent 'a' was made with another model") as caught:
+        with pytest.raises(FingerprintMismatchError, match="agent 'a' was made with ") as caught:
             mplus.agent("a")
         assert [record.name for record in mplus.agents()] == ["a"]
         assert mplus.agent("b").stats().num_injections == 0
@@ -179,9 +179,7 @@ def refused(path: Path, model: MPlusModel, codec: TextCodec) -> dict[str, tuple[
 
 def test_another_rule_is_refused_by_name(path: Path) -> None:
     fields = refused(path, published("mplus", "paper"), letters())
-    assert list(fields) == ["memory"]
-    assert "rule=released" in fields["memory"][0]
-    assert "rule=paper" in fields["memory"][1]
+    assert fields == {"memory.rule": ("released", "paper")}
 
 
 def test_another_dtype_is_refused_by_name(path: Path) -> None:
@@ -218,7 +216,15 @@ def test_other_weights_are_refused_by_part(path: Path, tmp_path: Path, tensor: s
 
 def test_a_quite_different_model_is_refused_by_every_field(path: Path) -> None:
     fields = refused(path, MPlusModel.from_pretrained(TINY, "cpu"), tiny_codec())
-    assert {"architecture", "memory", "weights", "adapters", "retriever", "genesis", "tokenizer"} <= set(fields)
+    assert {
+        "decoder.vocab_size",
+        "memory.tokens_per_injection",
+        "weights",
+        "adapters",
+        "retriever",
+        "genesis",
+        "tokenizer",
+    } <= set(fields)
     assert json.loads(json.dumps(fields))
 
 

@@ -789,3 +789,23 @@ def test_own_format_remembers_how_the_published_weights_were_used(tmp_path: Path
     assert load(tmp_path / "own", dtype="bfloat16").fingerprint["rope_inv_freq"] == "bfloat16"
     assert load(tmp_path / "own", dtype="float32").fingerprint["rope_inv_freq"] == "float32"
     assert load(tmp_path / "own").config == load(checkpoint("mplus")).config
+
+
+def test_a_saved_base_brings_its_tokenizer_along(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(Path(MPlusModel.from_pretrained("mplus-tiny", "cpu").source or ""), base)
+    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    del config["mplus"]
+    (base / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    tensors = load_file(base / "model.safetensors")
+    plain = {
+        name: tensor
+        for name, tensor in tensors.items()
+        if name.startswith(("model.", "lm_head")) and "_proj.0" not in name
+    }
+    plain = {name: tensor for name, tensor in plain.items() if "query_proj" not in name and "key_proj" not in name}
+    save_file(plain, base / "model.safetensors", metadata={"format": "pt"})
+    MPlusModel.from_base(base, "cpu", **BASE_OPTIONS).save_pretrained(tmp_path / "saved")
+    saved = (tmp_path / "saved" / "tokenizer.json").read_bytes()
+    assert saved == (base / "tokenizer.json").read_bytes()
+    assert load(tmp_path / "saved").config.memory.tokens_per_injection == 8
