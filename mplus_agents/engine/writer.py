@@ -99,7 +99,7 @@ class Writer:
             self._add(Waiting(message.role, message.content, ids))
             return
         # Every part carries the speaker's label, so a part's text gets a little less than a chunk.
-        room = self._chunk_tokens - len(self._codec.encode(write_turn(message.role, "")))
+        room = max(1, self._chunk_tokens - len(self._codec.encode(write_turn(message.role, ""))))
         start = 0
         while start < len(message.content):
             piece, _ = self._codec.next_piece(message.content, start, room)

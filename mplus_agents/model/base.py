@@ -10,6 +10,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -103,7 +104,7 @@ def state_tensors(model: MPlusModel) -> dict[str, torch.Tensor]:
 def _decoder_config(path_or_hub_id: str | PathLike[str]) -> Any:
     try:
         return AutoConfig.from_pretrained(path_or_hub_id)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, StrictDataclassError) as error:
         raise ConfigError(f"{str(path_or_hub_id)!r} is not a decoder's configuration: {error}") from error
 
 

@@ -6,6 +6,7 @@ Nothing is loaded here beyond headers. Only safetensors files are read, never pi
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from os import PathLike
@@ -37,6 +38,7 @@ _PUBLISHED_VALUES: dict[str, tuple[object, ...]] = {
 }
 _PUBLISHED_MPLUS_VALUES: dict[str, tuple[object, ...]] = {
     "add_selector": (True,),
+    "drop_memory_per_layer": (True,),
     "update_ltm_mode": ("immediate",),
     "num_selector_layers": (2,),
     "selector_layers": (None,),
@@ -254,6 +256,8 @@ def _translate_lora(raw: Mapping[str, Any]) -> AdapterConfig | None:
     lora = raw.get("lora_config")
     if lora is None:
         return None
+    if not isinstance(lora, dict):
+        raise ConfigError(f"lora_config is {lora!r}; allowed: a mapping, or null")
     if raw.get("add_decoder_lora") is not True:
         raise ConfigError("add_decoder_lora is not true beside a lora_config; allowed: two adapters, or none at all")
     _check_values(lora, _LORA_VALUES, "lora_config")
@@ -276,7 +280,7 @@ def _check_values(raw: Mapping[str, Any], allowed: Mapping[str, tuple[object, ..
 
 def _number(raw: Mapping[str, Any], key: str) -> float:
     value = raw.get(key)
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise ConfigError(f"config.json: {key} is {value!r}; allowed: a number")
     return value
 

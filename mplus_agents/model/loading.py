@@ -8,6 +8,7 @@ from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 
@@ -116,7 +117,7 @@ def read_decoder_config(files: CheckpointFiles) -> PretrainedConfig:
     """
     try:
         config = AutoConfig.from_pretrained(str(files.folder))
-    except (ValueError, TypeError, KeyError, OSError) as error:
+    except (ValueError, TypeError, KeyError, OSError, StrictDataclassError) as error:
         raise ConfigError(f"config.json is not a decoder's configuration: {error}") from error
     check_supported(config)
     return cast(PretrainedConfig, config)
@@ -138,6 +139,8 @@ def build_decoder(config: PretrainedConfig, options: LoadOptions, device: str) -
             decoder = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
                 config, attn_implementation=options.attention
             )
+    except ValueError as error:
+        raise ConfigError(f"config.json is not a decoder's configuration: {error}") from error
     except ImportError as error:
         raise InvalidInputError("attn_implementation", options.attention, f"an installed one ({error})") from error
     return cast(PreTrainedModel, decoder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import tempfile
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -358,3 +359,15 @@ def test_agents_do_not_meet(mplus: MPlus) -> None:
     far.remember(prose(300, 7))
     assert state_of(one, is_alone=False).logits == state_of(two, is_alone=False).logits
     assert state_of(one, is_alone=False).logits != state_of(far, is_alone=False).logits
+
+
+def test_a_chunk_hardly_longer_than_a_label_still_takes_every_character(tmp_path: Path) -> None:
+    model = copy(small())
+    model.config = replace(model.config, chunk_tokens=5, min_chunk_tokens=2)
+    said = "The quick brown fox jumps over the lazy dog."
+    with engine(tmp_path / "a.db", model) as mplus:
+        agent = mplus.agent("a")
+        agent.remember(Message("user", said))
+        parts = mplus.store.events(mplus.agents()[0].id)
+        assert "".join(part.text or "" for part in parts) == said
+        assert next(part.offset for part in parts) == 0

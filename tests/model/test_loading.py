@@ -805,3 +805,25 @@ def test_a_saved_base_brings_its_tokenizer_along(tmp_path: Path) -> None:
     saved = (tmp_path / "saved" / "tokenizer.json").read_bytes()
     assert saved == (base / "tokenizer.json").read_bytes()
     assert load(tmp_path / "saved").config.memory.tokens_per_injection == 8
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("rms_norm_eps", None),
+        ("rope_scaling", 5),
+        ("num_attention_heads", 5),
+        ("torch_dtype", "int8"),
+        ("lora_config", []),
+        ("num_tokens", math.nan),
+        ("num_tokens", math.inf),
+        ("drop_memory_per_layer", False),
+    ],
+)
+def test_values_that_no_library_accepts_are_errors_of_ours(tmp_path: Path, key: str, value: Any) -> None:
+    folder = tmp_path / "changed"
+    shutil.copytree(checkpoint("mplus"), folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps({**config, key: value}), encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"config\.json|lora_config"):
+        load(folder)
