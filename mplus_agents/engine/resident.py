@@ -83,6 +83,7 @@ def open_resident(model: MPlusModel, codec: TextCodec, store: Store, record: Age
         StoreError: The database fails.
     """
     memory = model.initial_memory(record.seed)
+    store.check_log(record.id)
     chain = store.chain(record.head_commit_id)
     index = replay(model, chain)
     memory.restore(index, store.head_hidden(record), _fetch(store, chain, index))

@@ -16,7 +16,7 @@ from mplus_agents.store.records import Chain, CommitRecord, InjectionInfo, Snaps
 from mplus_agents.store.rows import MAX_IDS_PER_QUERY, batched, to_info
 from mplus_agents.store.schema import COMMIT, INJECTION, PAGE, PAGE_TOKENS
 
-__all__ = ["chain_ids", "injection_batches", "read_chain", "read_infos", "read_injections"]
+__all__ = ["chain_ids", "check_commits", "injection_batches", "read_chain", "read_infos", "read_injections"]
 
 _MAX_BATCH_BYTES = 64 * 2**20  # of pages in host memory at once; a single larger injection is read alone
 
@@ -219,3 +219,22 @@ def _check_found(asked: Iterable[int], found: dict[int, Any]) -> None:
     missing = [injection_id for injection_id in asked if injection_id not in found]
     if missing:
         raise StoreError(f"there is no injection {missing[0]} in the database ({len(missing)} asked for are missing)")
+
+
+def check_commits(connection: sa.Connection, agent_id: int) -> None:
+    """Decode what every commit of an agent says, snapshots too.
+
+    Args:
+        connection: An open connection.
+        agent_id: The agent.
+
+    Raises:
+        CorruptBlobError: If a blob is altered.
+    """
+    query = sa.select(COMMIT).where(COMMIT.c.agent_id == agent_id)
+    for row in connection.execution_options(yield_per=100).execute(query):
+        what = f"mplus_commit(id {row.id}, step {row.step})"
+        decode_tensor(row.dropped, f"{what}.dropped")
+        decode_tensor(row.evicted, f"{what}.evicted")
+        if row.snapshot is not None:
+            decode_arrays(row.snapshot, f"{what}.snapshot")

@@ -16,7 +16,7 @@ import torch
 
 from mplus_agents.errors import AgentNotFoundError, ConflictError, StoreError
 from mplus_agents.store.blobs import decode_tensor
-from mplus_agents.store.chains import injection_batches, read_chain, read_infos, read_injections
+from mplus_agents.store.chains import check_commits, injection_batches, read_chain, read_infos, read_injections
 from mplus_agents.store.connection import Database
 from mplus_agents.store.migrate import upgrade_schema
 from mplus_agents.store.records import (
@@ -55,6 +55,7 @@ _SELECT_WINDOW = (
     .where(WINDOW.c.agent_id == sa.bindparam("agent_id"))
     .order_by(EVENT.c.seq)
 )
+_EVENTS_PER_CHECK = 1_000
 _SELECT_SOURCE = sa.select(SOURCE).where(
     SOURCE.c.agent_id == sa.bindparam("agent_id"), SOURCE.c.source_id == sa.bindparam("source_id")
 )
@@ -269,6 +270,22 @@ class Store:
             query = query.limit(check_int("limit", limit))
         with self._database.read() as connection:
             return [to_event(row) for row in connection.execute(query)]
+
+    def check_log(self, agent_id: int) -> None:
+        """Compare every text of an agent's log, and all that its commits say, with their checksums.
+
+        Args:
+            agent_id: The agent.
+
+        Raises:
+            CorruptBlobError: If one is altered; the message names it.
+            StoreError: If the database fails.
+        """
+        after = -1
+        while events := self.events(agent_id, after=after, limit=_EVENTS_PER_CHECK):
+            after = events[-1].seq
+        with self._database.read() as connection:
+            check_commits(connection, agent_id)
 
     def source(self, agent_id: int, source_id: str) -> SourceRecord | None:
         """Read how far a document has been taken.

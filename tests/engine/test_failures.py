@@ -16,7 +16,7 @@ import sqlalchemy as sa
 from mplus_agents import Agent, MPlus
 from mplus_agents.engine import Document, Message, writer
 from mplus_agents.engine.resident import open_resident
-from mplus_agents.errors import AgentNotFoundError, ConflictError, MPlusError, StoreError
+from mplus_agents.errors import AgentNotFoundError, ConflictError, CorruptBlobError, MPlusError, StoreError
 from mplus_agents.store import Store
 from tests.engine.engines import (
     check_accounts,
@@ -383,3 +383,24 @@ def test_opening_makes_no_pass_of_the_model(ada: Agent) -> None:
     ):
         opened = open_resident(small(), tiny_codec(), store, record)
     assert opened.memory.num_injections == ada.stats().num_injections > 0
+
+
+@pytest.mark.parametrize(
+    ("table", "column"),
+    [("mplus_event", "text"), ("mplus_commit", "dropped"), ("mplus_commit", "evicted"), ("mplus_commit", "snapshot")],
+)
+def test_a_flipped_byte_anywhere_in_the_past_is_found_when_the_agent_is_opened(
+    tmp_path: Path, table: str, column: str
+) -> None:
+    path = tmp_path / "a.db"
+    with engine(path, small()) as mplus:
+        mplus.agent("a").remember(prose(20_000))
+        assert mplus.agent("a").stats().num_injections > 130
+    with sqlite3.connect(path) as raw:
+        where = f"rowid = (SELECT min(rowid) FROM {table} WHERE {column} IS NOT NULL)"
+        (blob,) = raw.execute(f"SELECT {column} FROM {table} WHERE {where}").fetchone()
+        changed = blob[:-1] + bytes([blob[-1] ^ 1])
+        raw.execute(f"UPDATE {table} SET {column} = ? WHERE {where}", (changed,))
+    raw.close()
+    with engine(path, small()) as mplus, pytest.raises(CorruptBlobError, match=rf"{table}.*{column}"):
+        mplus.agent("a").stats()
