@@ -281,48 +281,53 @@ def _load_genesis(files: CheckpointFiles, model: MPlusModel, target: _Target, fi
     config = model.config.memory
     stored = files.get("memory")
     fingerprint.add("memory", stored)
-    theta = [model.project_layer(layer, target.place(stored[layer])) for layer in range(config.num_layers)]
+    theta = _empty_tokens(model, target, stored.shape[1])
+    for layer in range(config.num_layers):
+        _put(theta, layer, model.project_layer(layer, target.place(stored[layer])))
     tail = target.place(stored[:, -config.tokens_per_injection :])
     ages, counts, long_term = _load_long_term(files, model, target, fingerprint)
     index = GenesisIndex(config.max_short_term, tuple(ages), tuple(counts))
-    return Genesis(index, _stack(theta), _stack(long_term), tail)
+    return Genesis(index, theta, long_term, tail)
 
 
 def _load_long_term(
     files: CheckpointFiles, model: MPlusModel, target: _Target, fingerprint: Fingerprint
-) -> tuple[list[IntArray], list[FloatArray], list[tuple[torch.Tensor, ...]]]:
+) -> tuple[list[IntArray], list[FloatArray], TokenTensors]:
     """Load a checkpoint's own Θ: per layer its ages, its recall counts, and its tokens as reading needs them."""
     config = model.config.memory
     ages: list[IntArray] = [np.empty(0, dtype=np.int64)] * config.num_layers
     counts: list[FloatArray] = [np.empty(0, dtype=np.float32)] * config.num_layers
     if not config.has_long_term:
-        heads = torch.empty((0, *model.head_shape), device=target.device, dtype=target.dtype)
-        return ages, counts, [(heads, heads, heads.new_empty((0, 0)))] * config.num_layers
+        return ages, counts, _empty_tokens(model, target, 0)
     named = {name: files.get(name) for name in genesis_names(model.config) if name.startswith("ltm_")}
     for name, tensor in named.items():
         fingerprint.add(name, tensor)
     layers = range(config.num_layers)
     ages = [named[f"ltm_ages.{layer}"].round().long().numpy() for layer in layers]
     counts = [named[f"ltm_recall_frequencies.{layer}"].float().numpy() for layer in layers]
-    num_rows = max(map(len, ages))
-    long_term: list[tuple[torch.Tensor, ...]] = []
+    long_term = _empty_tokens(model, target, max(map(len, ages)))  # filled in place: no second copy
     for layer in layers:
         hidden = files.get(f"ltm.{layer}")
         fingerprint.add(f"ltm.{layer}", hidden)
         keys, values, _ = model.project_layer(layer, target.place(hidden))
-        tokens = (keys, values, target.place(named[f"ltm_keys.{layer}"]))
-        long_term.append(tuple(_pad(tensor, num_rows) for tensor in tokens))
+        _put(long_term, layer, (keys, values, target.place(named[f"ltm_keys.{layer}"])))
     return ages, counts, long_term
 
 
-def _stack(layers: list[Any]) -> TokenTensors:
-    keys, values, retrieval_keys = (torch.stack(tensors) for tensors in zip(*layers, strict=True))
+def _empty_tokens(model: MPlusModel, target: _Target, num_rows: int) -> TokenTensors:
+    """Make room for tokens of every layer; rows that a layer does not fill stay 0."""
+    config = model.config.memory
+    heads = (config.num_layers, num_rows, *model.head_shape)
+    keys, values, retrieval_keys = (
+        torch.zeros(shape, device=target.device, dtype=target.dtype)
+        for shape in (heads, heads, (config.num_layers, num_rows, config.retrieval_dim))
+    )
     return TokenTensors(keys, values, retrieval_keys)
 
 
-def _pad(tensor: torch.Tensor, num_rows: int) -> torch.Tensor:
-    padding = tensor.new_zeros((num_rows - len(tensor), *tensor.shape[1:]))
-    return torch.cat([tensor, padding]) if len(padding) else tensor
+def _put(tokens: TokenTensors, layer: int, parts: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:
+    for whole, part in zip((tokens.keys, tokens.values, tokens.retrieval_keys), parts, strict=True):
+        whole[layer, : len(part)] = part
 
 
 def _check_genesis_sizes(shapes: dict[str, tuple[int, ...]], config: MPlusConfig, has_genesis: bool) -> None:
