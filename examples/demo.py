@@ -143,7 +143,7 @@ def prove(mplus: MPlus, agent: Agent, saved: Path) -> int:
     import torch
 
     before, now = torch.from_numpy(np.load(saved)), probe(agent)
-    fresh, without_long_term = logits_of_fresh_agent(mplus), agent.logits(PROBE, long_term=False).float().cpu()
+    fresh, without_long_term = logits_of_fresh_agent(mplus), agent.logits(PROBE, long_term="off").float().cpu()
     checks = [
         ("as in process 1, bit for bit", now, before, torch.equal(now, before)),
         ("unlike a fresh agent's", now, fresh, differ(now, fresh)),

@@ -13,6 +13,7 @@ from mplus_agents.errors import ConfigError
 
 MemoryRule = Literal["paper", "released"]
 RetrievalQuery = Literal["prompt", "last_turn"]
+LongTermUse = Literal["retrieved", "random", "off"]
 _SIZES = (
     "num_layers",
     "hidden_size",
@@ -23,6 +24,7 @@ _SIZES = (
     "merge_every",
 )
 MEMORY_RULES: tuple[str, ...] = get_args(MemoryRule)
+LONG_TERM_USES: tuple[str, ...] = get_args(LongTermUse)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,12 +14,14 @@ from mplus_agents.cli.agents import agents
 from mplus_agents.cli.ask import ask
 from mplus_agents.cli.chat import chat
 from mplus_agents.cli.delete import delete
+from mplus_agents.cli.evaluate import evaluate
 from mplus_agents.cli.output import print_error
 from mplus_agents.cli.read import read
 from mplus_agents.cli.stats import stats
+from mplus_agents.cli.train import train
 from mplus_agents.errors import MPlusError
 
-_COMMANDS = (chat, read, ask, agents, stats, delete)
+_COMMANDS = (chat, read, ask, agents, stats, delete, train)
 
 
 class _OneLineErrors(TyperGroup):
@@ -74,6 +76,7 @@ def _root(
 
 for _command in _COMMANDS:
     app.command()(_command)
+app.add_typer(evaluate, name="eval")
 
 
 def main() -> None:

@@ -26,6 +26,20 @@ _OPTIONS = {
     "max_new_tokens": "--max-new-tokens",
     "source_id": "--source-id",
     "question": "QUESTION",
+    "episodes": "--episodes",
+    "streams": "--streams",
+    "distances": "--distances",
+    "template": "--template",
+    "window_tokens": "--window-tokens",
+    "num_retrieved": "--num-retrieved",
+    "prose": "--prose",
+    "sizes": "--sizes",
+    "steps": "--steps",
+    "file": "--file",
+    "distractors": "--distractors",
+    "output": "--output",
+    "figure": "--figure",
+    "model": "--model",
 }
 
 # A model may say anything and a file be called anything; what would move the cursor or ring the bell is shown as a

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from mplus_agents.engine.answering import Answering
+from mplus_agents.config import LongTermUse
+from mplus_agents.engine.answering import Answering, answer_all
 from mplus_agents.engine.inputs import check_number, parse_conversation, parse_memories, parse_message
 from mplus_agents.engine.inspection import agent_stats, layer_tokens
 from mplus_agents.engine.progress import ProgressBar
@@ -119,7 +120,8 @@ class Agent:
         Args:
             question: The question.
             max_new_tokens: Most tokens of the answer; as many as fit, at most 128, if None.
-            **options: Fields of `GenerationOptions` (`do_sample`, `temperature`, …), and `stop`, a list of strings.
+            **options: Fields of `GenerationOptions` (`do_sample`, `temperature`, `long_term`, …), and `stop`, a list of
+                strings.
 
         Returns:
             The answer.
@@ -134,6 +136,30 @@ class Agent:
             prompt = question_prompt(self._mplus.codec, resident.window_text, question)
             answering = self._begin(resident, prompt, max_new_tokens, options)
         return answering.finish().text
+
+    def ask_all(
+        self, questions: Sequence[str], *, max_new_tokens: int | None = None, batch_size: int = 16, **options: Any
+    ) -> list[str]:
+        """Answer many questions, each for itself, those of equal length together; without sampling as `ask` does.
+
+        Args:
+            questions: The questions.
+            max_new_tokens: Most tokens of an answer; as many as fit, at most 128, if None.
+            batch_size: Most questions that are read together; each takes room for the whole θ.
+            **options: As for `ask`.
+
+        Returns:
+            The answers.
+
+        Raises:
+            InvalidInputError: A question or an option's value is not allowed.
+            ConfigError: An option is unknown.
+            PromptTooLongError: A question, window and answer do not fit the generation window.
+        """
+        checked = [check_text(f"questions[{place}]", question) for place, question in enumerate(questions)]
+        with self._open() as resident:
+            prompts = [question_prompt(self._mplus.codec, resident.window_text, question) for question in checked]
+            return [item.text for item in self._answer_all(resident, prompts, max_new_tokens, options, batch_size)]
 
     def chat(self, message: str | Message, *, max_new_tokens: int | None = None, **options: Any) -> str:
         """Answer a turn of a conversation, then remember the turn and the answer.
@@ -196,6 +222,34 @@ class Agent:
         """
         return self.begin_generation(messages, max_new_tokens=max_new_tokens, **options).finish()
 
+    def generate_all(
+        self,
+        conversations: Sequence[Sequence[Message]],
+        *,
+        max_new_tokens: int | None = None,
+        batch_size: int = 16,
+        **options: Any,
+    ) -> list[Generation]:
+        """Do `generate` for many conversations, those of equal length together.
+
+        Args:
+            conversations: The turns of each; the last one is answered.
+            max_new_tokens: Most tokens of an answer; as many as fit, at most 128, if None.
+            batch_size: Most conversations that are read together; each takes room for the whole θ.
+            **options: As for `ask`.
+
+        Returns:
+            The answers with their token counts.
+
+        Raises:
+            InvalidInputError: A message or an option's value is not allowed.
+            ConfigError: An option is unknown.
+            PromptTooLongError: The turns and the answer do not fit the generation window.
+        """
+        prompts = [chat_prompt(self._mplus.codec, parse_conversation(messages)) for messages in conversations]
+        with self._open() as resident:
+            return self._answer_all(resident, prompts, max_new_tokens, options, batch_size)
+
     def begin_generation(
         self, messages: Sequence[Message], *, max_new_tokens: int | None = None, **options: Any
     ) -> Answering:
@@ -219,19 +273,20 @@ class Agent:
             prompt = chat_prompt(self._mplus.codec, turns)
             return self._begin(resident, prompt, max_new_tokens, options)
 
-    def logits(self, text: str, *, long_term: bool = True) -> torch.Tensor:
+    def logits(self, text: str, *, long_term: LongTermUse = "retrieved", seed: int = 0) -> torch.Tensor:
         """Return the logits of a text read with this memory, [n, vocab]; for comparing memories.
 
         Args:
             text: The text.
-            long_term: Whether Θ is read; without it, what it adds can be measured.
+            long_term: How Θ is read: the tokens `retrieved` by the text, as many at `random`, or none (`off`).
+            seed: Seed of a read at random.
 
         Raises:
-            InvalidInputError: The text is not allowed.
+            InvalidInputError: The text is not allowed, or there is no such way to read Θ.
         """
         ids = torch.tensor([self._mplus.codec.encode(check_text("text", text))], device=self._mplus.model.device)
         with self._open() as resident, torch.no_grad():
-            return self._mplus.model.read(ids, resident.memory, long_term=long_term).logits[0]
+            return self._mplus.model.read(ids, resident.memory, long_term=long_term, seed=seed).logits[0]
 
     @property
     def window(self) -> list[Message]:
@@ -358,6 +413,17 @@ class Agent:
         self, resident: Resident, prompt: Prompt, max_new_tokens: int | None, options: dict[str, Any]
     ) -> Answering:
         return Answering.begin(self._mplus.model, self._mplus.codec, resident.memory, prompt, max_new_tokens, options)
+
+    def _answer_all(
+        self,
+        resident: Resident,
+        prompts: Sequence[Prompt],
+        max_new_tokens: int | None,
+        options: dict[str, Any],
+        batch_size: int,
+    ) -> list[Generation]:
+        model, codec = self._mplus.model, self._mplus.codec
+        return answer_all(model, codec, resident.memory, prompts, max_new_tokens, options, batch_size)
 
     def _stream_and_remember(self, turn: Message, answering: Answering) -> Iterator[str]:
         pieces = []

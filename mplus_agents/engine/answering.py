@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -68,27 +69,15 @@ class Answering:
             PromptTooLongError: Prompt and answer do not fit the generation window.
         """
         stop = _check_stop(options.pop("stop", None))
-        limit, num_prompt = model.config.max_prompt_tokens, len(prompt.ids)
-        if max_new_tokens is None:
-            max_new_tokens = max(1, min(_DEFAULT_NEW_TOKENS, limit - num_prompt))
-        chosen = GenerationOptions.from_kwargs(max_new_tokens=max_new_tokens, **options)
-        if num_prompt + chosen.max_new_tokens > limit:
-            raise PromptTooLongError(
-                f"prompt ({num_prompt:,} tokens) and max_new_tokens ({chosen.max_new_tokens:,}) exceed the generation "
-                f"window of {limit:,} tokens; let the agent remember() long texts and ask about them"
-            )
-        input_ids = torch.tensor([prompt.ids], device=model.device)
-        query_mask = None
-        if model.config.retrieval_query == "last_turn":
-            query_mask = torch.tensor([prompt.is_query], device=model.device)
-        decoded = (int(token) for token in decode(model, input_ids, [memory], chosen, query_mask))
+        chosen = _check_options(model, len(prompt.ids), max_new_tokens, options)
+        decoded = (int(token) for token in _decode(model, memory, [prompt], chosen))
         first = next(decoded)
 
         def steps() -> Iterator[int]:
             yield first
             yield from decoded
 
-        return cls(steps(), StreamDecoder(codec, (*prompt.stop, *stop)), num_prompt, model.eos_token_ids)
+        return cls(steps(), StreamDecoder(codec, (*prompt.stop, *stop)), len(prompt.ids), model.eos_token_ids)
 
     def __iter__(self) -> Iterator[str]:
         for token_id in self._steps:
@@ -127,6 +116,78 @@ class Answering:
         self._white_space = piece[len(kept) :]
         self.text += kept
         return kept
+
+
+def answer_all(
+    model: MPlusModel,
+    codec: TextCodec,
+    memory: MemoryState,
+    prompts: Sequence[Prompt],
+    max_new_tokens: int | None,
+    options: dict[str, Any],
+    batch_size: int,
+) -> list[Generation]:
+    """Answer many prompts from one memory, those of equal length together.
+
+    Without sampling the answers are those of `Answering.begin`. What is random is drawn anew for every prompt.
+
+    Args:
+        model: The model.
+        codec: The tokenizer.
+        memory: The agent's memory.
+        prompts: The prompts.
+        max_new_tokens: Most tokens of an answer; as many as fit, at most 128, if None.
+        options: Fields of `GenerationOptions`, and `stop`.
+        batch_size: Most prompts that are decoded together; each takes room for the whole θ.
+
+    Raises:
+        InvalidInputError: An option's value is not allowed.
+        ConfigError: An option is unknown.
+        PromptTooLongError: A prompt and its answer do not fit the generation window.
+    """
+    if type(batch_size) is not int or batch_size < 1:
+        raise InvalidInputError("batch_size", batch_size, "a whole number from 1")
+    stop = _check_stop(options.pop("stop", None))
+    lengths = sorted({len(prompt.ids) for prompt in prompts})
+    chosen = {length: _check_options(model, length, max_new_tokens, options) for length in lengths}
+    answers: dict[int, Generation] = {}
+    for length in lengths:
+        places = [place for place, prompt in enumerate(prompts) if len(prompt.ids) == length]
+        for start in range(0, len(places), batch_size):
+            batch = places[start : start + batch_size]
+            seed = chosen[length].seed  # every batch gets its own, so that no two prompts share a draw
+            seeded = replace(chosen[length], seed=None if seed is None else (seed + batch[0]) % 2**63)
+            steps = list(_decode(model, memory, [prompts[place] for place in batch], seeded))
+            for place, ids in zip(batch, torch.stack(steps, dim=1).tolist(), strict=True):
+                decoder = StreamDecoder(codec, (*prompts[place].stop, *stop))
+                answers[place] = Answering(iter(ids), decoder, length, model.eos_token_ids).finish()
+    return [answers[place] for place in range(len(prompts))]
+
+
+def _check_options(
+    model: MPlusModel, num_prompt: int, max_new_tokens: int | None, options: dict[str, Any]
+) -> GenerationOptions:
+    limit = model.config.max_prompt_tokens
+    if max_new_tokens is None:
+        max_new_tokens = max(1, min(_DEFAULT_NEW_TOKENS, limit - num_prompt))
+    chosen = GenerationOptions.from_kwargs(max_new_tokens=max_new_tokens, **options)
+    if num_prompt + chosen.max_new_tokens > limit:
+        raise PromptTooLongError(
+            f"prompt ({num_prompt:,} tokens) and max_new_tokens ({chosen.max_new_tokens:,}) exceed the generation "
+            f"window of {limit:,} tokens; let the agent remember() long texts and ask about them"
+        )
+    return chosen
+
+
+def _decode(
+    model: MPlusModel, memory: MemoryState, prompts: Sequence[Prompt], options: GenerationOptions
+) -> Iterator[torch.Tensor]:
+    """Decode answers to prompts of equal length, [b] tokens at a time."""
+    input_ids = torch.tensor([prompt.ids for prompt in prompts], device=model.device)
+    query_mask = None
+    if model.config.retrieval_query == "last_turn":
+        query_mask = torch.tensor([prompt.is_query for prompt in prompts], device=model.device)
+    return decode(model, input_ids, [memory] * len(prompts), options, query_mask)
 
 
 def _check_stop(stop: object) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 
@@ -41,6 +42,17 @@ class Waiting:
         """The text as it is shown and injected."""
         return write_turn(self.role, self.content)
 
+    def needs_break_before(self, following: Waiting) -> bool:
+        """Tell whether a new line must part this from what follows: the end of a document is not the next one's start.
+
+        Args:
+            following: What stands after it.
+        """
+        if self.role is not None or self.content[-1:].isspace():
+            return False
+        end = (self.offset or 0) + len(self.content)
+        return following.source_id != self.source_id or following.offset != end
+
 
 @dataclass(slots=True)
 class Resident:
@@ -66,7 +78,11 @@ class Resident:
     @property
     def window_text(self) -> str:
         """The window as a prompt shows it."""
-        return "".join(item.text for item in self.window)
+        breaks = [item.needs_break_before(following) for item, following in pairwise(self.window)]
+        return "".join(
+            f"{item.text}\n" if is_broken else item.text
+            for item, is_broken in zip(self.window, [*breaks, False], strict=False)
+        )
 
 
 def open_resident(model: MPlusModel, codec: TextCodec, store: Store, record: AgentRecord) -> Resident:

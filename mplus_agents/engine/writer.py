@@ -10,6 +10,7 @@ import hashlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -214,7 +215,11 @@ class Writer:
     def _inject(self, items: Sequence[Waiting]) -> None:
         """Write items, the oldest in the window, into the memory; they reach the store with the next commit."""
         memory = self._resident.memory
-        ids = [token_id for item in items for token_id in item.ids]
+        ids = list(items[0].ids)
+        for item, following in pairwise(items):
+            if item.needs_break_before(following):
+                ids += self._codec.encode("\n")
+            ids += following.ids
         delta = self._model.write(torch.tensor([ids], device=self._model.device), memory)
         receipt = memory.apply(delta)
         takes_snapshot = (receipt.step + 1) % _SNAPSHOT_EVERY == 0

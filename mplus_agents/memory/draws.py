@@ -1,7 +1,7 @@
-"""The random draws of an agent's memory: which θ tokens an injection drops.
+"""The random draws of an agent's memory: which θ tokens an injection drops, and which of Θ a read at random sees.
 
-A draw depends on the agent's seed, the injection's number and the layer alone, so that nothing has to be stored to
-repeat it, and every device agrees.
+A draw depends on a seed, a number (of the injection, or of the row in a batch) and the layer alone, so that nothing has
+to be stored to repeat it, and every device agrees.
 """
 
 from __future__ import annotations
@@ -32,6 +32,25 @@ def draw_dropped(seed: int, step: int, *, num_layers: int, theta_size: int, num_
         generator = torch.Generator(device="cpu").manual_seed(_layer_seed(seed, step, layer))
         drawn[layer] = torch.randperm(theta_size, generator=generator)[:num_dropped].numpy()
     drawn.sort(axis=1)
+    return drawn
+
+
+def draw_places(seed: int, row: int, layer: int, *, num_places: int, num_drawn: int) -> IntArray:
+    """Draw places in Θ uniformly, in one layer.
+
+    Args:
+        seed: The call's seed.
+        row: The row of the call's batch.
+        layer: The layer.
+        num_places: Tokens to draw from.
+        num_drawn: Tokens to draw, at most `num_places`.
+
+    Returns:
+        [num_drawn] int64, ascending, without repetition.
+    """
+    generator = torch.Generator(device="cpu").manual_seed(_layer_seed(seed, row, layer))
+    drawn: IntArray = torch.randperm(num_places, generator=generator)[:num_drawn].numpy()
+    drawn.sort()
     return drawn
 
 

@@ -199,6 +199,22 @@ class LongTermMemory:
         rows = rows[torch.cat(placements)[rows].argsort()]
         return rows.cpu().numpy() + log.base_row
 
+    def oldest_first(self, layer: int, rows: IntArray) -> IntArray:
+        """Return rows of one layer in the order in which they are placed for reading.
+
+        Args:
+            layer: The layer.
+            rows: [r] int64, ascending.
+        """
+        log = self._index.long_term
+        placements = np.empty(len(rows), dtype=np.int64)
+        for number in np.unique(log.blocks_of(rows)):
+            inside = log.blocks_of(rows) == number
+            block = self._blocks[int(number)]
+            offsets = torch.from_numpy(rows[inside] - log.block_start(int(number))).to(block.placement.device)
+            placements[inside] = block.placement[layer, offsets].cpu().numpy()
+        return rows[placements.argsort()]
+
     def gather(self, layer: int, rows: IntArray, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Copy rows of one layer, in the order given.
 

@@ -13,7 +13,7 @@ import torch
 
 from mplus_agents.config import MemoryConfig
 from mplus_agents.errors import InvalidInputError
-from mplus_agents.memory.draws import draw_dropped
+from mplus_agents.memory.draws import draw_dropped, draw_places
 from mplus_agents.memory.index import GenesisIndex, MemoryIndex, TokenPlaces
 from mplus_agents.memory.long_term import LongTermMemory
 from mplus_agents.memory.types import BoolArray, IntArray, MemoryDelta, MemoryReceipt
@@ -155,16 +155,27 @@ class MemoryState:
         Returns:
             [num_retrieved_slots of the layer] int64, rows of Θ.
         """
-        num_retrieved = self.config.num_retrieved
-        if self.config.rule == "released":
-            merged = self._merged_rows(layer)
-            if len(merged) < num_retrieved:
-                places = np.resize(np.arange(len(merged)), num_retrieved + (-num_retrieved) % len(merged))
-                chosen = merged[places[-num_retrieved:]]
-                # Repeats tie in age; a stable sort reversed puts the later copy first, as in the published code.
-                ages = self.index.long_term_ages(layer, chosen)
-                return chosen[np.argsort(ages, kind="stable")[::-1]]
-        return self.long_term.search(layer, queries, num_retrieved)
+        repeated = self._repeated_rows(layer)
+        return self.long_term.search(layer, queries, self.config.num_retrieved) if repeated is None else repeated
+
+    def retrieve_at_random(self, layer: int, seed: int, row: int = 0) -> IntArray:
+        """Draw the rows of Θ that a read places in one layer uniformly, to be compared with `retrieve`.
+
+        Args:
+            layer: The layer.
+            seed: The call's seed.
+            row: The row of the call's batch; every row has its own draw.
+
+        Returns:
+            [num_retrieved_slots of the layer] int64, rows of Θ, oldest first.
+        """
+        repeated = self._repeated_rows(layer)
+        if repeated is not None:
+            return repeated
+        rows = self.index.long_term.alive_rows(layer)
+        num_drawn = min(self.config.num_retrieved, len(rows))
+        drawn = draw_places(seed, row, layer, num_places=len(rows), num_drawn=num_drawn)
+        return self.long_term.oldest_first(layer, rows[drawn])
 
     def entry_positions(self, layer: int, rows: IntArray) -> torch.Tensor:
         """Return the places of rows in the order of entry of Θ's tokens, staged ones last, [r] int64.
@@ -302,6 +313,18 @@ class MemoryState:
         if in_long_term.any():
             keys, values, retrieval_keys = pick(in_long_term)
             self.long_term.scatter(layers[in_long_term], spots[in_long_term], (keys, values, retrieval_keys))
+
+    def _repeated_rows(self, layer: int) -> IntArray | None:
+        """Return what every read places where the published code repeats too few tokens of Θ; None elsewhere."""
+        num_retrieved = self.config.num_retrieved
+        merged = self._merged_rows(layer) if self.config.rule == "released" else None
+        if merged is None or len(merged) >= num_retrieved:
+            return None
+        places = np.resize(np.arange(len(merged)), num_retrieved + (-num_retrieved) % len(merged))
+        chosen = merged[places[-num_retrieved:]]
+        # Repeats tie in age; a stable sort reversed puts the later copy first, as in the published code.
+        ages = self.index.long_term_ages(layer, chosen)
+        return chosen[np.argsort(ages, kind="stable")[::-1]]
 
     def _merged_rows(self, layer: int) -> IntArray:
         rows = self.index.long_term.alive_rows(layer)

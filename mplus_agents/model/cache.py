@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from mplus_agents.config import LongTermUse
 from mplus_agents.memory import MemoryState
 from mplus_agents.memory.types import IntArray
 from mplus_agents.model.families import project_key_value, rotate
@@ -143,7 +144,8 @@ class ReadCache(PrefixCache):
         num_prompt: Prompt tokens n.
         query_mask: [b, n] bool, the prompt tokens that query Θ; all if None.
         max_new_tokens: Tokens that will be decoded after the prompt.
-        long_term: Whether Θ is read.
+        long_term: How Θ is read.
+        seed: Seed of a read at random.
     """
 
     def __init__(
@@ -153,12 +155,14 @@ class ReadCache(PrefixCache):
         num_prompt: int,
         query_mask: torch.Tensor | None = None,
         max_new_tokens: int = 0,
-        long_term: bool = True,
+        long_term: LongTermUse = "retrieved",
+        seed: int = 0,
     ) -> None:
         self._model = model
         self._memories = memories
         self._query_mask = None if query_mask is None else query_mask.to(model.device)
-        self.layout = ReadLayout.of(memories, long_term)
+        self._is_random, self._seed = long_term == "random", seed
+        self.layout = ReadLayout.of(memories, long_term != "off")
         self._empty = self.layout.empty_slots()
         num_prefix = self.layout.num_prefix
         capacity = num_prefix + num_prompt + max_new_tokens
@@ -198,9 +202,7 @@ class ReadCache(PrefixCache):
         bos_keys, bos_values = self._model.bos_key_value(layer_idx)
         keys[:, first], values[:, first] = bos_keys, bos_values  # position 0 does not rotate
         if num_retrieved:
-            mask = None if self._query_mask is None else self._query_mask[row]
-            queries = self._model.retriever(layer_idx).queries(normed if mask is None else normed[mask])
-            rows = memory.retrieve(layer_idx, queries)
+            rows = self._choose(layer_idx, row, memory, normed)
             self.retrieved[row].append(rows)
             picked_keys, picked_values = memory.long_term_tokens(layer_idx, rows)
             places = slice(theta_position - num_retrieved, theta_position)
@@ -215,6 +217,13 @@ class ReadCache(PrefixCache):
             slots = slice(num_prefix - num_theta, num_prefix)
             keys[:, slots] = rotate(memory.theta.keys[layer_idx], cos, sin).transpose(0, 1)
             values[:, slots] = memory.theta.values[layer_idx].transpose(0, 1)
+
+    def _choose(self, layer_idx: int, row: int, memory: MemoryState, normed: torch.Tensor) -> IntArray:
+        if self._is_random:
+            return memory.retrieve_at_random(layer_idx, self._seed, row)
+        mask = None if self._query_mask is None else self._query_mask[row]
+        queries = self._model.retriever(layer_idx).queries(normed if mask is None else normed[mask])
+        return memory.retrieve(layer_idx, queries)
 
     def _mask_empty(
         self, empty: IntArray, num_slots: int, normed: torch.Tensor, attention_mask: torch.Tensor | None

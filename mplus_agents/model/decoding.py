@@ -19,7 +19,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from mplus_agents.config import reject_unknown_keys
+from mplus_agents.config import LONG_TERM_USES, LongTermUse, reject_unknown_keys
 from mplus_agents.errors import InvalidInputError
 from mplus_agents.model.cache import ReadCache
 
@@ -41,7 +41,10 @@ class GenerationOptions:
         top_k: Sample among this many likeliest tokens; all if None.
         top_p: Sample among the likeliest tokens that hold this probability together, above 0, at most 1.
         repetition_penalty: Divides the logits of tokens that the prompt or the answer already holds; 1 does nothing.
-        seed: Seed of the sampling; a fresh one from the operating system if None.
+        seed: Seed of the sampling and of reading Θ at random; if None, a fresh one from the operating system for the
+            sampling, and 0 for the reading.
+        long_term: How Θ is read: the tokens `retrieved` by the prompt, as many at `random`, or none (`off`); what Θ and
+            the retriever add shows in the difference.
     """
 
     max_new_tokens: int = 16
@@ -51,6 +54,7 @@ class GenerationOptions:
     top_p: float = 1.0
     repetition_penalty: float = 1.0
     seed: int | None = None
+    long_term: LongTermUse = "retrieved"
 
     def __post_init__(self) -> None:
         if type(self.max_new_tokens) is not int or self.max_new_tokens < 1:
@@ -67,6 +71,7 @@ class GenerationOptions:
             raise InvalidInputError("repetition_penalty", self.repetition_penalty, "a number above 0")
         if self.seed is not None and (type(self.seed) is not int or not 0 <= self.seed < 2**63):
             raise InvalidInputError("seed", self.seed, "a whole number from 0 to 2**63 - 1, or None")
+        check_long_term(self.long_term)
 
     @classmethod
     def from_kwargs(cls, **options: Any) -> Self:
@@ -97,6 +102,19 @@ class GenerationOptions:
         return chosen
 
 
+def check_long_term(long_term: object) -> None:
+    """Check how Θ shall be read.
+
+    Args:
+        long_term: What was given.
+
+    Raises:
+        InvalidInputError: It is none of the known ways.
+    """
+    if long_term not in LONG_TERM_USES:
+        raise InvalidInputError("long_term", long_term, ", ".join(LONG_TERM_USES))
+
+
 def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
@@ -121,7 +139,15 @@ def decode(
     Yields:
         [b] int64, the next token of every row; rows that have ended yield the end token. Stops when all have ended.
     """
-    cache = ReadCache(model, memories, input_ids.shape[1], query_mask, options.max_new_tokens)
+    cache = ReadCache(
+        model,
+        memories,
+        input_ids.shape[1],
+        query_mask,
+        options.max_new_tokens,
+        options.long_term,
+        options.seed or 0,
+    )
     processors = options.processors()
     generator = torch.Generator(device=input_ids.device)
     generator.seed() if options.seed is None else generator.manual_seed(options.seed)

@@ -13,11 +13,11 @@ from typing import Any, Self, cast
 import torch
 from torch import nn
 
-from mplus_agents.config import MemoryRule, MPlusConfig
+from mplus_agents.config import LongTermUse, MemoryRule, MPlusConfig
 from mplus_agents.memory import Genesis, MemoryDelta, MemoryState
 from mplus_agents.model.adapters import build_write_decoder
 from mplus_agents.model.cache import ReadCache, WriteCache
-from mplus_agents.model.decoding import GenerationOptions, decode
+from mplus_agents.model.decoding import GenerationOptions, check_long_term, decode
 from mplus_agents.model.families import layer_parts, project_key_value
 from mplus_agents.model.hooks import install_read_hooks, install_write_hooks
 from mplus_agents.model.parts import Memories, ModelParts, ReadOutput, check_call
@@ -211,7 +211,8 @@ class MPlusModel(nn.Module):
         input_ids: torch.Tensor,
         memory: Memories,
         query_mask: torch.Tensor | None = None,
-        long_term: bool = True,
+        long_term: LongTermUse = "retrieved",
+        seed: int = 0,
     ) -> ReadOutput:
         """Run a prompt over [bos | retrieved Θ | θ] (paper 3.2.1); the memory is not changed.
 
@@ -219,16 +220,18 @@ class MPlusModel(nn.Module):
             input_ids: [1, n] int64 with one memory, or [b, n] with a list of b memories.
             memory: What has been remembered.
             query_mask: [b, n] bool, the prompt tokens that query Θ; all if None.
-            long_term: Whether Θ is read; without it, what it adds can be measured.
+            long_term: How Θ is read: the tokens `retrieved` by the prompt, as many at `random`, or none (`off`).
+            seed: Seed of a read at random.
 
         Returns:
             Logits and the retrieved tokens.
 
         Raises:
-            InvalidInputError: A shape, a token id or a memory does not fit.
+            InvalidInputError: A shape, a token id or a memory does not fit, or there is no such way to read Θ.
         """
+        check_long_term(long_term)
         memories = check_call(self, input_ids, memory, query_mask)
-        cache = ReadCache(self, memories, input_ids.shape[1], query_mask, long_term=long_term)
+        cache = ReadCache(self, memories, input_ids.shape[1], query_mask, long_term=long_term, seed=seed)
         logits = self.forward_cached(input_ids.to(self.device), cache)
         retrieved = [
             [state.entry_positions(layer, rows) for layer, rows in enumerate(per_layer)]
@@ -253,7 +256,7 @@ class MPlusModel(nn.Module):
             max_new_tokens: Most tokens to decode.
             do_sample: Draw from the distribution; otherwise take the likeliest token.
             query_mask: [b, n] bool, the prompt tokens that query Θ; all if None.
-            **options: Other fields of `GenerationOptions`.
+            **options: Other fields of `GenerationOptions`, such as `long_term`.
 
         Returns:
             [b, m] int64, the new tokens only; rows that end early are filled up with the end token.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import tempfile
+from collections.abc import Callable
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
@@ -322,6 +323,20 @@ def said(agent: Agent) -> list[Message]:
     return turns
 
 
+def injected(events: list[Any], encode: Callable[[str], list[int]]) -> list[int]:
+    """The tokens of an injection: a new line parts the end of a document from what follows it."""
+    ids: list[int] = []
+    for place, event in enumerate(events):
+        text = event.text or ""
+        ids += encode(write_turn(event.role, text))
+        if event.role is not None or text[-1].isspace() or place + 1 == len(events):
+            continue
+        following = events[place + 1]
+        if (following.source_id, following.offset) != (event.source_id, event.offset + len(text)):
+            ids += encode("\n")
+    return ids
+
+
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(st.lists(ACTIONS, min_size=1, max_size=8))
 def test_any_history_is_accounted_for_and_reopens_bit_for_bit(actions: list[tuple[str, Any]]) -> None:
@@ -345,9 +360,21 @@ def test_any_history_is_accounted_for_and_reopens_bit_for_bit(actions: list[tupl
             check_accounts(agent)
             check_documents(agent, documents)
             assert said(agent) == turns
-            texts = {event.seq: write_turn(event.role, event.text or "") for event in log_of(agent)}
-            encode = mplus.codec.encode
-            assert written == [[i for seq in group for i in encode(texts[seq])] for group in groups_of(agent)]
+            events = {event.seq: event for event in log_of(agent)}
+            assert written == [
+                injected([events[seq] for seq in group], mplus.codec.encode) for group in groups_of(agent)
+            ]
+
+
+def test_two_documents_in_a_row_do_not_run_together(mplus: MPlus) -> None:
+    agent = mplus.agent("a")
+    agent.remember("Maya lives in Oslo.")
+    agent.remember("Bob lives in Paris. ")
+    agent.remember("Ida lives in Rome.")
+    expected = "Maya lives in Oslo.\nBob lives in Paris. Ida lives in Rome."
+    assert agent.window_text == expected
+    again = MPlus(mplus.model, mplus.codec, mplus.store, mplus.name).agent("a")
+    assert again.window_text == expected
 
 
 def test_agents_do_not_meet(mplus: MPlus) -> None:

@@ -515,7 +515,7 @@ def test_reading_without_long_term_equals_an_emptied_one() -> None:
         emptied.long_term.forget(layer, rows)
         emptied.index.long_term.sizes[layer] = emptied.num_staged  # nothing merged is left
     ids = torch.tensor([[5, 6, 7, 8]])
-    without = model.read(ids, memory, long_term=False)
+    without = model.read(ids, memory, long_term="off")
     assert torch.equal(without.logits, model.read(ids, emptied).logits)
     assert all(len(rows) == 0 for rows in without.retrieved)
     assert float((without.logits - model.read(ids, memory).logits).abs().max()) > 0.01

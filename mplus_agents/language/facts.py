@@ -1,0 +1,81 @@
+"""Facts about people, and how they are told, asked for and answered."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from random import Random
+
+from mplus_agents.language.relations import RELATIONS, Relation
+from mplus_agents.language.words import USER, Split, draw_name
+
+UNKNOWN_ANSWER = "I do not know."
+
+
+@dataclass(frozen=True, slots=True)
+class Fact:
+    """One value of one relation of one person.
+
+    Attributes:
+        person: A name, or `USER` for the one who speaks.
+        relation: The relation.
+        value: The value.
+    """
+
+    person: str
+    relation: Relation
+    value: str
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """What the fact is about: two facts with one key contradict each other, and the later one holds."""
+        return self.person, self.relation.name
+
+    @property
+    def is_own(self) -> bool:
+        """Whether it is about the one who speaks."""
+        return self.person == USER
+
+    def state(self, rng: Random) -> str:
+        """Tell the fact in one of its ways."""
+        forms = self.relation.own_statements if self.is_own else self.relation.statements
+        text = rng.choice(forms).format(p=self.person, v=self.value)
+        return text[0].upper() + text[1:]
+
+    def ask(self, rng: Random) -> str:
+        """Ask for the value in one of its ways."""
+        forms = self.relation.own_questions if self.is_own else self.relation.questions
+        return rng.choice(forms).format(p=self.person)
+
+    def answer(self) -> str:
+        """Answer with the value."""
+        form = self.relation.own_answer if self.is_own else self.relation.answer
+        return form.format(p=self.person, v=self.value)
+
+
+def draw_facts(
+    rng: Random,
+    num_facts: int,
+    split: Split,
+    relations: Sequence[Relation] = RELATIONS,
+    own: bool = False,
+    common: float = 0.25,
+) -> list[Fact]:
+    """Draw facts about one to three people, who often share a relation so that the name has to be read.
+
+    Args:
+        rng: Where randomness comes from.
+        num_facts: How many.
+        split: Where made-up words are drawn from.
+        relations: What may be told.
+        own: Whether one of the people is the one who speaks.
+        common: Share of common names and values in training.
+    """
+    people = [draw_name(rng, split, common) for _ in range(rng.randint(1, min(3, num_facts)))]
+    if own:
+        people[0] = USER
+    kinds = rng.sample(list(relations), max(1, -(-num_facts // len(people))))
+    pairs = list(dict.fromkeys((person, kind) for kind in kinds for person in people))
+    facts = [Fact(person, kind, kind.draw_value(rng, split, common)) for person, kind in pairs[:num_facts]]
+    rng.shuffle(facts)
+    return facts

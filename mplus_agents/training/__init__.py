@@ -1,0 +1,1 @@
+"""Training: the curriculum of the paper, and a small one for a CPU."""

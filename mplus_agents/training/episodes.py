@@ -1,0 +1,307 @@
+"""Batches for the small recipe: chunks that tell facts between prose, and questions about them, fresh at every step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from random import Random
+
+import torch
+
+from mplus_agents.engine.prompts import Prompt, chat_prompt, question_prompt
+from mplus_agents.engine.records import Message
+from mplus_agents.engine.text import TextCodec
+from mplus_agents.language import RELATIONS, Fact, draw_facts, draw_name
+from mplus_agents.language.prose import packaged_prose as packaged_prose
+
+_REPLIES = ("I see.", "Good to know.", "I will remember that.", "Thank you for telling me.", "All right.")
+_PREAMBLES = (
+    "You are talking with a person. Answer from what you remember.",
+    "This is a talk between a human and an assistant who remembers what it was told.",
+    "You are a helpful assistant. Be brief. If you do not know, say so.",
+)
+_LABELS = (("Human", "AI"), ("User", "Assistant"), ("Question", "Answer"), ("Person", "Helper"))
+
+_PROSE_CHUNKS = 0.22  # shares; found by trying, they are not critical
+_DIALOGUES = 0.35
+_OWN_FACTS = 0.4  # of dialogues
+_DENSE = 0.3
+_UPDATES = 0.10
+_UNKNOWN = 0.08
+Key = tuple[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """One chunk and the facts it tells in full.
+
+    Attributes:
+        ids: Its tokens.
+        facts: What can be asked of it.
+    """
+
+    ids: list[int]
+    facts: list[Fact]
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One question with its answer.
+
+    Attributes:
+        chunk: The chunk asked about.
+        key: What is asked about.
+        answers: Answer by the chunk that holds it (several if the fact was told again with another value); empty if
+            nobody told it.
+        prompt: The prompt.
+    """
+
+    chunk: int
+    key: Key
+    answers: dict[int, str]
+    prompt: Prompt
+
+
+@dataclass(slots=True)
+class EpisodeSource:
+    """Draws chunks and questions; its state is that of its random generator.
+
+    Attributes:
+        codec: The tokenizer.
+        prose: Tokens of real prose.
+        starts: Places in `prose` where a word starts.
+        rng: Where randomness comes from.
+        common: Share of common names and values; the others are made up.
+    """
+
+    codec: TextCodec
+    prose: list[int]
+    starts: list[int]
+    rng: Random = field(default_factory=Random)
+    common: float = 0.25
+
+    @classmethod
+    def load(cls, codec: TextCodec, texts: Sequence[str], seed: int) -> EpisodeSource:
+        """Tokenize the prose.
+
+        Args:
+            codec: The tokenizer.
+            texts: Real prose.
+            seed: Seed of all draws.
+        """
+        prose = [token for text in texts for token in codec.encode(text)]
+        tokens = codec.tokenizer.convert_ids_to_tokens(prose)
+        starts = [place for place, token in enumerate(tokens) if token.startswith("Ġ")]
+        return cls(codec, prose, starts, Random(seed))
+
+    def draw_prose(self, num_tokens: int) -> list[int]:
+        """Cut out so many tokens, from the start of a word."""
+        while True:
+            start = self.rng.choice(self.starts)
+            if start + num_tokens <= len(self.prose):
+                return self.prose[start : start + num_tokens]
+
+    def draw_chunks(self, num_chunks: int, num_tokens: int) -> list[Chunk]:
+        """Draw chunks of equal length; some repeat a fact of the one before with another value.
+
+        Args:
+            num_chunks: How many.
+            num_tokens: Length of each.
+        """
+        chunks: list[Chunk] = []
+        for _ in range(num_chunks):
+            again = None
+            if chunks and chunks[-1].facts and self.rng.random() < _UPDATES:
+                old = self.rng.choice(chunks[-1].facts)
+                new = Fact(old.person, old.relation, old.relation.draw_value(self.rng, "training", self.common))
+                again = new if new.value != old.value else None
+            chunks.append(self._draw_chunk(num_tokens, again))
+        return chunks
+
+    def _draw_chunk(self, num_tokens: int, again: Fact | None) -> Chunk:
+        rng = self.rng
+        if again is None and rng.random() < _PROSE_CHUNKS:
+            return Chunk(self.draw_prose(num_tokens), [])
+        is_dialogue = rng.random() < _DIALOGUES or (again is not None and again.is_own)
+        own = is_dialogue and rng.random() < _OWN_FACTS
+        facts = draw_facts(
+            rng, rng.randint(1, 5) if rng.random() > _DENSE else 8, "training", own=own, common=self.common
+        )
+        if again is not None:
+            facts = [again, *(fact for fact in facts if fact.key != again.key)][:4]
+        pieces, told = self._write(facts, num_tokens, is_dialogue)
+        return Chunk(self._fill_up(pieces, num_tokens), told)
+
+    def _write(self, facts: Sequence[Fact], num_tokens: int, is_dialogue: bool) -> tuple[list[list[int]], list[Fact]]:
+        rng = self.rng
+        pieces: list[list[int]] = []
+        told: list[Fact] = []
+        gap = rng.choice(("", "", "\n"))
+        for fact in facts:
+            text = fact.state(rng)
+            if is_dialogue:
+                reply = f"Assistant: {rng.choice(_REPLIES)}\n" if rng.random() < 0.5 else ""
+                text = f"User: {text}\n{reply}"
+            else:
+                text += gap
+            ids = self.codec.encode(text)
+            if sum(len(piece) for piece in pieces) + len(ids) <= num_tokens:
+                pieces.append(ids)
+                told.append(fact)
+        return pieces, told
+
+    def _fill_up(self, pieces: list[list[int]], num_tokens: int) -> list[int]:
+        """Put prose before, after or between the pieces until the chunk is full."""
+        left = num_tokens - sum(len(piece) for piece in pieces)
+        cuts = [0] * (len(pieces) + 1)
+        way = self.rng.random()
+        if way < 0.4:
+            cuts[-1] = left
+        elif way < 0.6:
+            cuts[0] = left
+        else:
+            borders = sorted(self.rng.randint(0, left) for _ in pieces)
+            cuts = [end - start for start, end in zip([0, *borders], [*borders, left], strict=True)]
+        ids: list[int] = []
+        for cut, piece in zip(cuts, [*pieces, []], strict=True):
+            ids += self.draw_prose(cut) if cut else []
+            ids += piece
+        return ids
+
+    def draw_questions(
+        self, chunks: Sequence[Chunk], chunk_idx: int, tellers: Mapping[Key, Mapping[int, Fact]], num_questions: int
+    ) -> list[Question]:
+        """Ask about different facts of a chunk, as many as it tells at most.
+
+        Args:
+            chunks: All chunks of the world.
+            chunk_idx: The chunk to ask about; it tells at least one fact.
+            tellers: For everything told in the world, which chunks tell it.
+            num_questions: Most questions.
+        """
+        facts = chunks[chunk_idx].facts
+        asked = self.rng.sample(facts, min(num_questions, len(facts)))
+        return [self._ask(fact, chunk_idx, tellers, long=False) for fact in asked]
+
+    def draw_question(
+        self, chunks: Sequence[Chunk], chunk_idx: int, tellers: Mapping[Key, Mapping[int, Fact]], long: bool
+    ) -> Question:
+        """Ask about a chunk.
+
+        Args:
+            chunks: All chunks of the world.
+            chunk_idx: The chunk to ask about; it tells at least one fact.
+            tellers: For everything told in the world, which chunks tell it.
+            long: Whether there is much text in front of the question.
+        """
+        return self._ask(self.rng.choice(chunks[chunk_idx].facts), chunk_idx, tellers, long)
+
+    def _ask(self, fact: Fact, chunk_idx: int, tellers: Mapping[Key, Mapping[int, Fact]], long: bool) -> Question:
+        rng = self.rng
+        if rng.random() < _UNKNOWN:
+            person = draw_name(rng, "training", common=0.0) if rng.random() < 0.3 else fact.person
+            kinds = [kind for kind in RELATIONS if (person, kind.name) not in tellers]
+            if kinds:
+                asked = Fact(person, rng.choice(kinds), "")
+                return Question(chunk_idx, asked.key, {}, self._prompt(asked.ask(rng), long, asked.key))
+        near = {chunk_idx, chunk_idx - 1, chunk_idx + 1}  # where an update may be
+        answers = {place: other.answer() for place, other in tellers[fact.key].items() if place in near}
+        return Question(chunk_idx, fact.key, answers, self._prompt(fact.ask(rng), long, fact.key))
+
+    def _prompt(self, question: str, long: bool, key: Key) -> Prompt:
+        rng = self.rng
+        if not long:
+            if rng.random() < 0.7:
+                return question_prompt(self.codec, "", question)
+            return chat_prompt(self.codec, [Message("user", question)])
+        window = self._window(key)
+        way = rng.random()
+        if way < 0.35:
+            return question_prompt(self.codec, window, question)
+        if way < 0.55:
+            return chat_prompt(self.codec, [Message("user", question)], lead=window)
+        human, helper = rng.choice(_LABELS)
+        lead = rng.choice(_PREAMBLES) if rng.random() < 0.5 else self._prose_text(rng.randint(10, 70))
+        head = rng.choice(("Current conversation:\n", "Conversation so far:\n", ""))
+        history = window if rng.random() < 0.4 else ""
+        text = f"{lead}\n\n{head}{history}\n{human}: {question}\n{helper}:"
+        return chat_prompt(self.codec, [Message("user", text)])
+
+    def _window(self, key: Key) -> str:
+        """Turns or text that wait in the window and do not hold the answer."""
+        rng = self.rng
+        if rng.random() < 0.4:
+            return self._prose_text(rng.randint(5, 60))
+        facts = [
+            fact
+            for fact in draw_facts(rng, rng.randint(1, 4), "training", own=rng.random() < 0.3, common=self.common)
+            if fact.key != key
+        ]
+        if rng.random() < 0.5:
+            return " ".join(fact.state(rng) for fact in facts)
+        human, helper = rng.choice((("User", "Assistant"), ("Human", "AI")))
+        return "".join(f"{human}: {fact.state(rng)}\n{helper}: {rng.choice(_REPLIES)}\n" for fact in facts)
+
+    def _prose_text(self, num_tokens: int) -> str:
+        return self.codec.decode(self.draw_prose(num_tokens)).strip()
+
+
+@dataclass(frozen=True, slots=True)
+class PromptBatch:
+    """Prompts with their answers, filled up at the end.
+
+    Attributes:
+        input_ids: [r, n] int64.
+        is_query: [r, n] bool, the tokens that query Θ.
+        targets: [r, n] int64, the next token where it counts, −100 elsewhere.
+        turns: [r, n] int64, which question of its row a target belongs to.
+    """
+
+    input_ids: torch.Tensor
+    is_query: torch.Tensor
+    targets: torch.Tensor
+    turns: torch.Tensor
+
+    def to(self, device: torch.device) -> PromptBatch:
+        """Move to a device."""
+        return PromptBatch(*(tensor.to(device) for tensor in (self.input_ids, self.is_query, self.targets, self.turns)))
+
+
+def batch_prompts(codec: TextCodec, rows: Sequence[Sequence[tuple[Prompt, str]]], end_id: int) -> PromptBatch:
+    """Lay out prompts with their answers, one or several to a row.
+
+    Args:
+        codec: The tokenizer.
+        rows: Per row, prompts and their answers.
+        end_id: The token that ends an answer.
+    """
+    ids: list[list[int]] = [[] for _ in rows]
+    masks: list[list[bool]] = [[] for _ in rows]
+    owners: list[list[int]] = [[] for _ in rows]
+    for row, turns in enumerate(rows):
+        for number, (prompt, answer) in enumerate(turns):
+            tail = [*codec.encode(answer), end_id]
+            ids[row] += [*prompt.ids, *tail]
+            masks[row] += [*prompt.is_query, *[False] * len(tail)]
+            owners[row] += [*[-1] * len(prompt.ids), *[number] * len(tail)]
+    width = max(map(len, ids)) - 1
+    input_ids = torch.full((len(rows), width), end_id)
+    targets, turns_of = torch.full_like(input_ids, -100), torch.full_like(input_ids, -1)
+    is_query = torch.zeros((len(rows), width), dtype=torch.bool)
+    for row, tokens in enumerate(ids):
+        size = len(tokens) - 1
+        owner = torch.tensor(owners[row][1:])
+        input_ids[row, :size] = torch.tensor(tokens[:-1])
+        targets[row, :size] = torch.where(owner >= 0, torch.tensor(tokens[1:]), -100)
+        turns_of[row, :size] = owner
+        is_query[row, :size] = torch.tensor(masks[row][:-1])
+    return PromptBatch(input_ids, is_query, targets, turns_of)
+
+
+def find_tellers(chunks: Sequence[Chunk]) -> dict[Key, dict[int, Fact]]:
+    """Return, for everything that is told, the chunks that tell it."""
+    tellers: dict[Key, dict[int, Fact]] = {}
+    for place, chunk in enumerate(chunks):
+        for fact in chunk.facts:
+            tellers.setdefault(fact.key, {})[place] = fact
+    return tellers

@@ -1,0 +1,224 @@
+"""Memory in the small recipe: the paper's three stages, with the batch as the world."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+
+from mplus_agents.language import UNKNOWN_ANSWER, Fact, relation
+from mplus_agents.training.episodes import Chunk, EpisodeSource, Question, batch_prompts, find_tellers
+from mplus_agents.training.network import TrainableMPlus
+from mplus_agents.training.objectives import RetrieverLoss, RetrieverObjective, answer_loss
+from mplus_agents.training.small_context import NUM_TURNS
+from mplus_agents.training.small_metrics import accuracy_by_kind, exact_answers, retriever_recall
+from mplus_agents.training.small_stage import SmallStage
+from mplus_agents.training.world import Histories, WorldMemory, draw_histories, draw_theta
+
+_FULL_CHUNKS = 0.6  # share of the steps; the others have shorter ones
+_FIRST_WRITES = 0.06  # share of the steps that write into an empty memory
+_LEVELS = (1, 2, 4, 8)  # chunks in θ, while writing is learned
+_NEXT_LEVEL_AT = 0.8
+_MEAN_AGE = 6.0  # of facts that are asked for while they are young
+
+
+class MemoryTasks:
+    """Losses of the steps that write and read; carries what passes from step to step.
+
+    Args:
+        network: The network.
+        source: Where episodes come from.
+        stage: The stage.
+        objective: The retriever's objective.
+        detach_hidden: Whether the retriever's loss stops at the hidden states.
+    """
+
+    def __init__(
+        self,
+        network: TrainableMPlus,
+        source: EpisodeSource,
+        stage: SmallStage,
+        objective: RetrieverObjective,
+        detach_hidden: bool,
+    ) -> None:
+        self._network, self._source, self._stage = network, source, stage
+        self._objective: RetrieverObjective = objective
+        self._detach = detach_hidden
+        self._queue: list[tuple[list[Chunk], torch.Tensor]] = []  # chunks with their tokens [L, c * K, d]
+        self._tail: torch.Tensor | None = None  # [L, c, K, d], last step's tokens
+        self._level, self._smoothed = 0, 0.0
+        self._end_id = int(cast(int, network.decoder.config.eos_token_id))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the next step depends on."""
+        return {
+            "queue": [([_to_plain(chunk) for chunk in chunks], tokens) for chunks, tokens in self._queue],
+            "tail": self._tail,
+            "level": [self._level, self._smoothed],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from where another run was.
+
+        Args:
+            state: What `state_dict` returned.
+        """
+        device = self._network.bos_embedding.device
+        self._queue = [
+            ([_from_plain(chunk) for chunk in chunks], tokens.to(device)) for chunks, tokens in state["queue"]
+        ]
+        self._tail = None if state["tail"] is None else state["tail"].to(device)
+        self._level, self._smoothed = state["level"]
+
+    def write_only(self) -> tuple[torch.Tensor, dict[str, float]]:
+        """Answer from a chunk's own tokens among those of a few others, nothing dropped (paper 3.2.4, stage 1)."""
+        stage, rng, memory = self._stage, self._source.rng, self._network.config.memory
+        chunks, pool = self._write_world()
+        tellers = find_tellers(chunks)
+        told = [place for place, chunk in enumerate(chunks[: stage.num_chunks]) if chunk.facts]
+        told = rng.sample(told, min(stage.num_questions, len(told)))
+        asked = [self._source.draw_questions(chunks, place, tellers, NUM_TURNS) for place in told]
+        allowed = torch.ones(len(told), len(chunks), dtype=torch.bool)
+        for row, questions in enumerate(asked):  # whoever else tells what is asked about stays outside
+            for question in questions:
+                for chunk in tellers.get(question.key, ()):
+                    allowed[row, chunk] = chunk == told[row]
+        full = memory.max_short_term // memory.tokens_per_injection
+        sizes = [size for size in _LEVELS if size < full] + [full]
+        most = min(self._level, len(sizes) - 1)
+        lengths = torch.tensor(sizes)[torch.randint(max(0, most - 2), most + 1, (len(told),))]
+        ages = draw_histories(allowed, torch.tensor(told), (torch.rand(len(told)) * lengths).long(), lengths)
+        rows = [
+            [(question.prompt, question.answers.get(place, UNKNOWN_ANSWER)) for question in questions]
+            for place, questions in zip(told, asked, strict=True)
+        ]
+        batch = batch_prompts(self._source.codec, rows, self._end_id).to(pool[0].device)
+        theta = draw_theta(ages, memory.num_layers, memory)
+        histories = Histories(ages, torch.zeros(len(told), dtype=torch.bool))
+        hidden = self._network.read(
+            batch.input_ids, WorldMemory(self._network, pool, histories, theta, batch.is_query, 0)
+        )
+        logits = self._network.logits(hidden[batch.targets >= 0])
+        loss = answer_loss(logits, batch.targets[batch.targets >= 0])
+        exact = exact_answers(logits, batch).mean().item()
+        self._smoothed += 0.1 * (exact - self._smoothed)
+        if self._smoothed > _NEXT_LEVEL_AT and most < len(sizes) - 1:
+            self._level, self._smoothed = self._level + 1, 0.0
+        # what counts is the last level: `stop_when` must not see the easy ones
+        name = "exact" if most == len(sizes) - 1 else f"exact_of_{sizes[most]}"
+        return loss, {name: exact, "answer": loss.item(), "level": float(self._level)}
+
+    def memory(self, is_long: bool) -> tuple[torch.Tensor, dict[str, float]]:
+        """Answer from what dropping left in θ and, in the last stage, from Θ (paper 3.2.4, stages 2 and 3).
+
+        Args:
+            is_long: Whether there is much text in front of the questions.
+        """
+        stage, rng, memory = self._stage, self._source.rng, self._network.config.memory
+        chunks, pool = self._write_world()
+        told = [place for place, chunk in enumerate(chunks[: stage.num_chunks]) if chunk.facts]
+        num_rows = stage.num_questions // (3 if is_long else 1)
+        tellers = find_tellers(chunks)
+        questions = [self._source.draw_question(chunks, rng.choice(told), tellers, is_long) for _ in range(num_rows)]
+        histories = self._histories(questions, tellers, len(chunks))
+        holders = [_newest(question, ages) for question, ages in zip(questions, histories.ages.tolist(), strict=True)]
+        answers = [
+            question.answers[holder] if holder >= 0 else UNKNOWN_ANSWER
+            for question, holder in zip(questions, holders, strict=True)
+        ]
+        rows = [[(question.prompt, answer)] for question, answer in zip(questions, answers, strict=True)]
+        batch = batch_prompts(self._source.codec, rows, self._end_id).to(pool[0].device)
+        theta = draw_theta(histories.ages, memory.num_layers, memory)
+        holder = torch.tensor(holders)
+        per_chunk = memory.tokens_per_injection
+        owner = torch.arange(len(chunks)).repeat_interleave(per_chunk)
+        positives = owner[None] == holder[:, None]
+        has_retriever = stage.kind in ("theta", "long_term")
+        retriever_loss = (
+            RetrieverLoss(positives.to(pool[0].device), self._objective, self._detach) if has_retriever else None
+        )
+        num_retrieved = rng.choice((memory.num_retrieved, memory.num_retrieved, 16, 24, 48))
+        num_retrieved = num_retrieved if stage.kind == "long_term" else 0
+        reading = WorldMemory(self._network, pool, histories, theta, batch.is_query, num_retrieved, retriever_loss)
+        hidden = self._network.read(batch.input_ids, reading)
+        logits = self._network.logits(hidden[batch.targets >= 0])
+        loss = answer_loss(logits, batch.targets[batch.targets >= 0])
+        exact = exact_answers(logits, batch)
+        metrics = accuracy_by_kind(exact, questions, holder, histories)
+        metrics["answer"] = loss.item()
+        if retriever_loss is not None:
+            metrics["retriever"] = retriever_loss.total().item()
+            loss = loss + stage.retriever_weight * retriever_loss.total()
+        if num_retrieved == memory.num_retrieved:
+            metrics |= retriever_recall(reading.retrieved, theta, positives, histories)
+        return loss, metrics
+
+    def _write_world(self) -> tuple[list[Chunk], list[torch.Tensor]]:
+        """Write this step's chunks; return all chunks of the world and per layer its tokens [p, d]."""
+        stage, rng = self._stage, self._source.rng
+        num_tokens = self._network.config.chunk_tokens
+        if stage.kind == "write" and self._level == 0:
+            num_tokens = rng.randint(20, num_tokens * 2 // 3)  # what is short is learned first
+        elif rng.random() > _FULL_CHUNKS:
+            num_tokens = rng.randint(20, num_tokens)
+        chunks = self._source.draw_chunks(stage.num_chunks, num_tokens)
+        tail = None
+        if self._tail is not None and rng.random() >= _FIRST_WRITES:
+            order = torch.randint(self._tail.shape[1], (stage.num_chunks,))
+            tail = list(self._tail[:, order])
+        ids = torch.tensor([chunk.ids for chunk in chunks], device=self._network.bos_embedding.device)
+        new = self._network.write(ids, tail)
+        pool = [rows.flatten(0, 1) for rows in new]
+        world = list(chunks)
+        for old, tokens in self._queue:
+            world += old
+            pool = [torch.cat([rows, tokens[layer]]) for layer, rows in enumerate(pool)]
+        kept = torch.stack([rows.detach() for rows in new])
+        self._tail = kept
+        if stage.queue_steps:
+            self._queue = [(chunks, kept.flatten(1, 2)), *self._queue][: stage.queue_steps]
+        return world, pool
+
+    def _histories(self, questions: Sequence[Question], tellers: Any, num_chunks: int) -> Histories:
+        stage, memory, num_rows = self._stage, self._network.config.memory, len(questions)
+        allowed = torch.ones(num_rows, num_chunks, dtype=torch.bool)
+        for row, question in enumerate(questions):
+            for chunk in tellers.get(question.key, ()):
+                allowed[row, chunk] = chunk in question.answers
+        targets = torch.tensor([question.chunk if question.answers else -1 for question in questions])
+        full = memory.max_short_term // memory.tokens_per_injection
+        has_long_term = torch.zeros(num_rows, dtype=torch.bool)
+        near = (
+            torch.rand(num_rows).log() / torch.log(torch.tensor(1 - 1 / _MEAN_AGE))
+        ).long()  # geometric, mean about 6
+        most = allowed.sum(dim=1)
+        few = torch.randint(1, 2 * full, (num_rows,))
+        some = torch.randint(1, 129, (num_rows,))
+        draw = torch.rand(num_rows)
+        lengths = torch.where(draw < 0.1, few, torch.where(draw < 0.25, some, torch.full_like(some, 10**6)))
+        lengths = torch.minimum(lengths, most)
+        ages = torch.minimum(near, torch.full_like(near, 10 if stage.kind == "theta" else 40))
+        if stage.kind == "long_term":
+            far = (torch.rand(num_rows) * lengths).long()
+            has_long_term = torch.rand(num_rows) < 0.92
+            ages = torch.where(has_long_term & (torch.rand(num_rows) < 0.7), far, ages)
+            ages = torch.where(has_long_term, ages, ages.clamp(max=10))
+        lengths = torch.minimum(lengths, most)
+        ages = torch.minimum(ages, lengths - 1)
+        return Histories(draw_histories(allowed, targets, ages, lengths), has_long_term)
+
+
+def _to_plain(chunk: Chunk) -> list[Any]:
+    return [chunk.ids, [[fact.person, fact.relation.name, fact.value] for fact in chunk.facts]]
+
+
+def _from_plain(values: Sequence[Any]) -> Chunk:
+    ids, facts = values
+    return Chunk(ids, [Fact(person, relation(name), value) for person, name, value in facts])
+
+
+def _newest(question: Question, ages: Sequence[int]) -> int:
+    """Return the chunk whose answer holds; −1 if nobody told it."""
+    told = [(ages[chunk], chunk) for chunk in question.answers if ages[chunk] >= 0]
+    return min(told)[1] if told else -1

@@ -1,0 +1,41 @@
+"""The stages of the small recipe, in numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+StepKind = Literal["repeat", "recall", "context", "write", "theta", "long_term"]
+
+
+@dataclass(frozen=True, slots=True)
+class SmallStage:
+    """One stage of the small recipe.
+
+    Attributes:
+        kind: What a step is made of. `repeat`: copy repeated random tokens. `recall`: say facts again in another
+            order. `context`: answer from text in the prompt. `write`: answer from θ without losses. `theta`: θ with
+            random dropping. `long_term`: Θ as well.
+        steps: How many.
+        num_chunks: Chunks per step.
+        num_questions: Questions per step.
+        queue_steps: Earlier steps whose tokens stay in the world.
+        context_every: Every so many steps reads from the prompt, so that this is not unlearned; 0: none.
+        long_prompt_every: Every so many steps has much text in front of its questions; 0: none.
+        retriever_weight: Weight of the retriever's loss.
+        common_from: Share of common names and values at the first step; they are single tokens mostly.
+        common_to: The same at the last step.
+        easy_steps: `recall`: steps with values next to their names, before sentences come in over as many more.
+    """
+
+    kind: StepKind
+    steps: int
+    num_chunks: int = 96
+    num_questions: int = 160
+    queue_steps: int = 0
+    context_every: int = 0
+    long_prompt_every: int = 0
+    retriever_weight: float = 0.3
+    common_from: float = 0.25
+    common_to: float = 0.25
+    easy_steps: int = 100

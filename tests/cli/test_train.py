@@ -1,0 +1,123 @@
+"""`mplus train`: ready recipes and own files, from the first step to a model that answers."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from mplus_agents.cli import train as command
+from tests.cli.conftest import Run
+from tests.training.stages import stage_values
+
+SMALL_WORLD = {"type": "small", "num_chunks": 4, "num_questions": 3, "queue_steps": 1}
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    """Two stages of a tiny network."""
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    write(folder / "1-repeat.yaml", stage_values(steps=5))
+    second = {"model": {"start": {"path": "previous"}}, "recipe": {**SMALL_WORLD, "kind": "long_term"}, "steps": 2}
+    write(folder / "2-long-term.yaml", stage_values(**second))
+    return folder
+
+
+def write(path: Path, values: dict[str, Any]) -> None:
+    values = {key: value for key, value in values.items() if key != "name"}
+    path.write_text(yaml.safe_dump(values), encoding="utf-8")
+
+
+def test_trains_all_stages_and_what_comes_out_answers(mplus: Run, recipe: Path) -> None:
+    result = mplus("train", str(recipe), "--json")
+    assert result.exit_code == 0, result.output
+    first, second = json.loads(result.stdout)
+    assert (first["stage"], first["num_steps"], first["reason"]) == ("1-repeat", 5, "steps")
+    assert second["model"] == "runs/mine/2-long-term/model"
+    assert "1-repeat: step 5 of 5" in result.stderr
+    assert mplus("read", "-", "--model", second["model"], stdin="The ferry left for Bergen. " * 20).exit_code == 0
+    assert mplus("ask", "Where?", "--model", second["model"], "--max-new-tokens", "3").exit_code == 0
+
+    again = mplus("train", str(recipe))
+    assert again.stdout.splitlines()[1].startswith("2-long-term: was finished before: 2 steps")
+    fresh = mplus("train", str(recipe), "--stage", "2-long-term", "--fresh", "--set", "2-long-term:steps=1")
+    assert fresh.stdout.startswith("2-long-term: 1 steps")
+
+
+def test_dry_run_trains_nothing(mplus: Run, recipe: Path) -> None:
+    result = mplus("train", str(recipe), "--dry-run", "--json")
+    assert result.exit_code == 0, result.output
+    first, second = json.loads(result.stdout)
+    assert first["num_parameters"] == second["num_parameters"] > 10_000
+    assert not Path("runs").exists()
+    table = mplus("train", str(recipe), "--dry-run")
+    assert "2-long-term" in table.stdout
+    assert f"{first['num_parameters']:,}" in table.stdout
+
+
+def test_mistakes_are_one_line(mplus: Run, recipe: Path) -> None:
+    values = yaml.safe_load((recipe / "1-repeat.yaml").read_text(encoding="utf-8"))
+    write(recipe / "1-repeat.yaml", {**values, "seeed": 3})
+    result = mplus("train", str(recipe))
+    assert result.exit_code == 1
+    assert result.stderr.count("\n") == 1
+    assert "1-repeat.yaml: unknown key 'seeed'; did you mean 'seed'?" in result.stderr
+    assert "ready recipe (llama-3.1-8b, llama-3.2-1b, tiny)" in mplus("train", "big").stderr
+    assert "allowed: 1-repeat, 2-recall" in mplus("train", "tiny", "--stage", "x").stderr
+    assert "there is no stage 'x'" in mplus("train", "tiny", "--set", "x:steps=1").stderr
+
+
+def test_missing_packages_are_named(mplus: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = importlib.util.find_spec
+    monkeypatch.setattr(command, "find_spec", lambda name: None if name in ("accelerate", "yaml") else real(name))
+    result = mplus("train", "tiny")
+    assert result.exit_code == 1
+    assert result.stderr == "mplus: error: training needs accelerate, pyyaml: pip install 'mplus-agents[train]'\n"
+
+
+def test_interrupted_it_says_how_to_go_on(mplus: Run, recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mplus_agents.training.small import SmallRecipe
+
+    real = SmallRecipe.loss
+
+    def loss(self: SmallRecipe, step: int) -> Any:
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(self, step)
+
+    monkeypatch.setattr(SmallRecipe, "loss", loss)
+    result = mplus("train", str(recipe))
+    assert result.exit_code == 130
+    assert "1-repeat: stopped after step 3, which is saved; the same command goes on from there" in result.stderr
+    assert Path("runs/mine/1-repeat/checkpoints/step-00000003").is_dir()
+
+
+@pytest.mark.slow
+def test_killed_process_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    values = stage_values(steps=40, save_every=1, recipe={**SMALL_WORLD, "kind": "theta"}, precision="bf16_master")
+    write(tmp_path / "s.yaml", values)
+    arguments = ["train", str(tmp_path / "s.yaml"), "--output"]
+    run = [sys.executable, "-m", "mplus_agents.cli.main", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for num_saved in (1, 9):
+        process = subprocess.Popen([*run, str(tmp_path / "killed")], env=environment)
+        target = tmp_path / "killed" / "s" / "checkpoints" / f"step-{num_saved:08d}"
+        while not target.exists():
+            assert process.poll() is None
+            time.sleep(0.001)
+        process.kill()
+        process.wait()
+    subprocess.run([*run, str(tmp_path / "killed")], env=environment, check=True)
+    subprocess.run([*run, str(tmp_path / "whole")], env=environment, check=True)
+    killed, whole = (tmp_path / name / "s" / "model" / "model.safetensors" for name in ("killed", "whole"))
+    assert killed.read_bytes() == whole.read_bytes()

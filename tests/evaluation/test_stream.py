@@ -1,0 +1,145 @@
+"""The plan of a stream: distances, what is told and what is asked."""
+
+from __future__ import annotations
+
+from functools import cache
+from random import Random
+
+import pytest
+
+from mplus_agents.engine.prompts import write_turn
+from mplus_agents.errors import InvalidInputError
+from mplus_agents.evaluation.stream import CONDITIONS, ChunkSizes, Condition, Prose, StreamPlan, plan_stream
+from mplus_agents.language import UNKNOWN_ANSWER
+from tests.engine.engines import prose, tiny_codec
+
+_ASKED = {0: 2, 1: 2, 2: 1, 9: 2}
+
+
+@cache
+def sizes() -> ChunkSizes:
+    return ChunkSizes(tiny_codec(), 128, 16)
+
+
+def plan(condition: Condition = "plain", seed: int = 0, window_tokens: int = 0) -> StreamPlan:
+    return plan_stream(Random(seed), sizes(), _ASKED, condition, 3, window_tokens)
+
+
+def timeline(planned: StreamPlan) -> list[str | None]:
+    """Everything in order: the text of an injection of facts, or None for a chunk of prose."""
+    line: list[str | None] = []
+    for step, num_chunks in planned.prose_after():
+        line += [telling.text for telling in step.tellings]
+        line += [None] * num_chunks
+    return line
+
+
+@pytest.mark.parametrize("condition", CONDITIONS)
+@pytest.mark.parametrize("seed", range(3))
+def test_every_question_is_at_its_distance(condition: Condition, seed: int) -> None:
+    planned = plan(condition, seed)
+    line = timeline(planned)
+    assert line.count(None) == planned.num_prose_chunks == 9 + 3 * (condition == "updated")
+    assert sorted(question.distance for question in planned.questions) == [0, 0, 1, 1, 2, 9, 9]
+    for question in planned.questions:
+        if condition == "unknown":
+            continue
+        person = question.answer.removesuffix(".").replace(question.value, "").split()
+        tellers = [place for place, text in enumerate(line) if text and question.value in text]
+        assert line[tellers[-1] :].count(None) == question.distance, (question, person)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_what_is_told_twice_has_another_value_at_first(seed: int) -> None:
+    planned = plan("updated", seed)
+    line = timeline(planned)
+    for question in planned.questions:
+        assert question.old_answer is not None
+        assert question.old_answer != question.answer
+        common = set(question.answer.rstrip(".").split()) & set(question.old_answer.rstrip(".").split())
+        old_values = set(question.old_answer.rstrip(".").split()) - common
+        assert len(old_values) == 1
+        old = old_values.pop()
+        tellers = [place for place, text in enumerate(line) if text and old.lower() in text.lower()]
+        assert any(line[place:].count(None) == question.distance + 3 for place in tellers)
+
+
+@pytest.mark.parametrize("condition", CONDITIONS)
+def test_an_injection_of_facts_fits(condition: Condition) -> None:
+    for step in plan(condition).steps:
+        for telling in step.tellings:
+            assert 16 <= len(tiny_codec().encode(telling.text)) <= 128
+
+
+def test_nothing_is_told_of_two_values() -> None:
+    planned = plan_stream(Random(1), sizes(), dict.fromkeys(range(30), 4))
+    keys = {question.text: question.answer for question in planned.questions}
+    assert len(planned.questions) == 120
+    assert len({question.answer for question in planned.questions}) == 120
+    assert len(keys) == 120
+
+
+def test_never_told_is_never_told() -> None:
+    for seed in range(5):
+        planned = plan("unknown", seed)
+        told = " ".join(text for text in timeline(planned) if text)
+        strangers = 0
+        for question in planned.questions:
+            assert (question.answer, question.value) == (UNKNOWN_ANSWER, UNKNOWN_ANSWER)
+            names = [word.strip("?.") for word in question.text.split()[1:] if word[0].isupper()]
+            assert len(names) == 1, question.text
+            strangers += names[0] not in told.replace(".", " ").split()
+        assert strangers == 3  # one of every two, where two are asked
+
+
+def test_the_value_comes_first() -> None:
+    planned = plan("value_first")
+    for question in planned.questions:
+        person = next(word.strip("?.") for word in question.text.split()[1:] if word[0].isupper())
+        texts = [
+            sentence
+            for text in timeline(planned)
+            if text
+            for sentence in text.split(". ")
+            if question.value.lower() in sentence.lower() and person in sentence
+        ]
+        assert any(text.lower().index(question.value.lower()) < text.index(person) for text in texts), question
+
+
+def test_own_facts_are_told_as_turns_of_the_user() -> None:
+    planned = plan("own")
+    for step in planned.steps:
+        for telling in step.tellings:
+            assert telling.text == "".join(write_turn("user", statement) for statement in telling.statements)
+    for question in planned.questions:
+        assert {"I", "my"} & set(question.text.strip("?").split())
+        assert question.answer.startswith(("You", "Your"))
+
+
+def test_the_window_answers_nothing_and_fits() -> None:
+    planned = plan(window_tokens=60)
+    texts = [write_turn(turn.role, turn.content) for turn in planned.window]
+    assert 0 < sum(len(tiny_codec().encode(text)) for text in texts) <= 60
+    assert [turn.role for turn in planned.window][:2] == ["user", "assistant"]
+    assert not any(turn.content in (text or "") for turn in planned.window for text in timeline(planned))
+    assert planned.questions == plan().questions
+    assert planned.history.splitlines()[0] == f"Human: {planned.window[0].content}"
+
+
+def test_a_plan_follows_from_its_seed() -> None:
+    assert plan(seed=3) == plan(seed=3)
+    assert plan(seed=3) != plan(seed=4)
+
+
+def test_prose_goes_on_from_its_end_at_its_beginning() -> None:
+    text = prose(800)
+    cut = Prose.cut(tiny_codec(), text, 32)
+    assert text.startswith("".join(cut.chunks))
+    assert all(0 < size <= 32 for size in cut.num_tokens)
+    last = len(cut.chunks)
+    assert cut.documents(2, 3) == ["".join(cut.chunks[2:5])]
+    assert cut.documents(last - 1, 2) == [cut.chunks[-1], cut.chunks[0]]
+    assert cut.documents(3, 2 * last) == ["".join(cut.chunks[3:]), "".join(cut.chunks), "".join(cut.chunks[:3])]
+    assert cut.documents(4, 0) == []
+    with pytest.raises(InvalidInputError, match="prose is 'a text of 4 characters'; allowed: more than 32 tokens"):
+        Prose.cut(tiny_codec(), "four", 32)
