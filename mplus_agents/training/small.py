@@ -15,6 +15,8 @@ from mplus_agents.training.small_memory import MemoryTasks
 from mplus_agents.training.small_stage import SmallStage
 
 _ONE_CHUNK_SHARE = 0.5  # of the stage `context`, from its start
+# A retriever that finds nothing yet leaves nothing in Θ to learn reading from.
+_HELP_SHARE, _HELP_UNTIL = 0.3, 0.4
 _RECALL_SHARE = 0.35  # of the steps that read from the prompt
 
 
@@ -78,4 +80,6 @@ class SmallRecipe:
             return self._context.context(stage.kind == "context" and step < _ONE_CHUNK_SHARE * stage.steps)
         if stage.kind == "write":
             return self._memory.write_only()
-        return self._memory.memory(bool(stage.long_prompt_every) and step % stage.long_prompt_every == 1)
+        help_share = max(0.0, _HELP_SHARE * (1 - step / (_HELP_UNTIL * stage.steps)))
+        is_long = bool(stage.long_prompt_every) and step % stage.long_prompt_every == 1
+        return self._memory.memory(is_long, help_share)

@@ -109,11 +109,12 @@ class MemoryTasks:
         name = "exact" if most == len(sizes) - 1 else f"exact_of_{sizes[most]}"
         return loss, {name: exact, "answer": loss.item(), "level": float(self._level)}
 
-    def memory(self, is_long: bool) -> tuple[torch.Tensor, dict[str, float]]:
+    def memory(self, is_long: bool, help_share: float) -> tuple[torch.Tensor, dict[str, float]]:
         """Answer from what dropping left in θ and, in the last stage, from Θ (paper 3.2.4, stages 2 and 3).
 
         Args:
             is_long: Whether there is much text in front of the questions.
+            help_share: Share of questions that get what they need from Θ, however the retriever ranks it.
         """
         stage, rng, memory = self._stage, self._source.rng, self._network.config.memory
         chunks, pool = self._write_world()
@@ -140,7 +141,17 @@ class MemoryTasks:
         )
         num_retrieved = rng.choice((memory.num_retrieved, memory.num_retrieved, 16, 24, 48))
         num_retrieved = num_retrieved if stage.kind == "long_term" else 0
-        reading = WorldMemory(self._network, pool, histories, theta, batch.is_query, num_retrieved, retriever_loss)
+        is_helped = torch.rand(len(rows)) < help_share
+        reading = WorldMemory(
+            self._network,
+            pool,
+            histories,
+            theta,
+            batch.is_query,
+            num_retrieved,
+            retriever_loss,
+            positives & is_helped[:, None],
+        )
         hidden = self._network.read(batch.input_ids, reading)
         logits = self._network.logits(hidden[batch.targets >= 0])
         loss = answer_loss(logits, batch.targets[batch.targets >= 0])
@@ -151,7 +162,7 @@ class MemoryTasks:
             metrics["retriever"] = retriever_loss.total().item()
             loss = loss + stage.retriever_weight * retriever_loss.total()
         if num_retrieved == memory.num_retrieved:
-            metrics |= retriever_recall(reading.retrieved, theta, positives, histories)
+            metrics |= retriever_recall(reading.retrieved, theta, positives & ~is_helped[:, None], histories)
         return loss, metrics
 
     def _write_world(self) -> tuple[list[Chunk], list[torch.Tensor]]:

@@ -113,6 +113,7 @@ class WorldMemory:
         is_query: [r, n] bool, the prompt tokens that query Θ.
         num_retrieved: K0.
         loss: Collects the retriever's loss; None to leave it out.
+        helped: [r, p] bool, tokens that are retrieved whatever their score; none if None.
     """
 
     def __init__(
@@ -124,6 +125,7 @@ class WorldMemory:
         is_query: torch.Tensor,
         num_retrieved: int,
         loss: RetrieverLoss | None = None,
+        helped: torch.Tensor | None = None,
     ) -> None:
         self._network = network
         device = pool[0].device
@@ -132,6 +134,7 @@ class WorldMemory:
         self._theta = theta
         self._num_retrieved = num_retrieved
         self._loss = loss
+        self._helped = None if helped is None else helped.to(device)
         self.num_slots = 1 + num_retrieved + theta.shape[2]
         per_chunk = network.config.memory.tokens_per_injection
         ages = past.repeat_interleave(per_chunk, dim=1)
@@ -190,7 +193,8 @@ class WorldMemory:
             is_in_theta = torch.zeros(len(theta), len(pool) + 1, dtype=torch.bool, device=pool.device)
             is_in_theta.scatter_(1, theta.clamp(min=-1) % (len(pool) + 1), True)
             is_candidate = self._is_past & ~is_in_theta[:, : len(pool)] & self._has_long_term[:, None]
-            top, tokens = scores.masked_fill(~is_candidate, -1.0).topk(self._num_retrieved, dim=1)
+            ranked = scores if self._helped is None else scores + 2.0 * self._helped  # a score is at most 1
+            top, tokens = ranked.masked_fill(~is_candidate, -1.0).topk(self._num_retrieved, dim=1)
             entry = self._entry.gather(1, tokens).masked_fill(top < 0, -(10**9))
             tokens = tokens.masked_fill(top < 0, -1).gather(1, entry.argsort(dim=1))
         self.retrieved.append(tokens)

@@ -143,6 +143,22 @@ def test_rows_without_long_term_memory_retrieve_nothing() -> None:
         assert (tokens_found[1] == -1).all()
 
 
+def test_helped_tokens_are_retrieved_if_they_are_in_long_term_memory() -> None:
+    network = tiny_network(adapters=False)
+    pool = [torch.randn(9 * NUM_NEW, 32) for _ in range(NUM_LAYERS)]
+    ages = torch.arange(9).expand(2, -1)
+    theta = draw_theta(ages, NUM_LAYERS, network.config.memory)
+    helped = torch.zeros(2, 9 * NUM_NEW, dtype=torch.bool)
+    helped[0, 8 * NUM_NEW : 9 * NUM_NEW] = True  # the oldest chunk
+    histories = Histories(ages, torch.ones(2, dtype=torch.bool))
+    is_query = torch.ones(2, 5, dtype=torch.bool)
+    world = WorldMemory(network, pool, histories, theta, is_query, NUM_RETRIEVED, helped=helped)
+    network.read(tokens(5, 1, rows=2), world)
+    for layer, found in enumerate(world.retrieved):
+        wanted = set(range(8 * NUM_NEW, 9 * NUM_NEW)) - set(theta[layer, 0].tolist())
+        assert wanted <= set(found[0].tolist())
+
+
 @pytest.mark.parametrize("objective", ["bce", "contrastive"])
 def test_the_retrievers_loss_is_its_formula(objective: str) -> None:
     torch.manual_seed(3)
