@@ -19,7 +19,7 @@ from mplus_agents.training.world import Histories, WorldMemory, draw_histories, 
 _FULL_CHUNKS = 0.6  # share of the steps; the others have shorter ones
 _FIRST_WRITES = 0.06  # share of the steps that write into an empty memory
 _LEVELS = (1, 2, 4, 8)  # chunks in θ, while writing is learned
-_NEXT_LEVEL_AT = 0.8
+_NEXT_LEVEL_AT = 0.65
 _MEAN_AGE = 6.0  # of facts that are asked for while they are young
 
 
