@@ -135,10 +135,7 @@ class MemoryTasks:
         per_chunk = memory.tokens_per_injection
         owner = torch.arange(len(chunks)).repeat_interleave(per_chunk)
         positives = owner[None] == holder[:, None]
-        has_retriever = stage.kind in ("theta", "long_term")
-        retriever_loss = (
-            RetrieverLoss(positives.to(pool[0].device), self._objective, self._detach) if has_retriever else None
-        )
+        retriever_loss = RetrieverLoss(positives.to(pool[0].device), self._objective, self._detach)
         num_retrieved = rng.choice((memory.num_retrieved, memory.num_retrieved, 16, 24, 48))
         num_retrieved = num_retrieved if stage.kind == "long_term" else 0
         is_helped = torch.rand(len(rows)) < help_share
@@ -158,9 +155,8 @@ class MemoryTasks:
         exact = exact_answers(logits, batch)
         metrics = accuracy_by_kind(exact, questions, holder, histories)
         metrics["answer"] = loss.item()
-        if retriever_loss is not None:
-            metrics["retriever"] = retriever_loss.total().item()
-            loss = loss + stage.retriever_weight * retriever_loss.total()
+        metrics["retriever"] = retriever_loss.total().item()
+        loss = loss + stage.retriever_weight * retriever_loss.total()
         if num_retrieved == memory.num_retrieved:
             metrics |= retriever_recall(reading.retrieved, theta, positives & ~is_helped[:, None], histories)
         return loss, metrics

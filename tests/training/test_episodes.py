@@ -1,0 +1,84 @@
+"""Chunks and questions of the small recipe: what they claim to tell is in their text, and answers follow from it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import mplus_agents
+from mplus_agents.engine.text import TextCodec
+from mplus_agents.training.episodes import EpisodeSource, batch_prompts, find_tellers
+from mplus_agents.training.small_metrics import exact_answers
+
+_TINY = Path(mplus_agents.__file__).parent / "assets" / "mplus-tiny"
+_END = 1
+
+
+@pytest.fixture(scope="module")
+def source() -> EpisodeSource:
+    codec = TextCodec.from_pretrained(_TINY)
+    return EpisodeSource.load(codec, ["There was a long road to the sea and back again. " * 60], seed=3)
+
+
+@pytest.mark.parametrize("num_tokens", [24, 64])
+def test_chunks_are_full_and_tell_what_they_claim(source: EpisodeSource, num_tokens: int) -> None:
+    chunks = source.draw_chunks(200, num_tokens)
+    assert {len(chunk.ids) for chunk in chunks} == {num_tokens}
+    assert any(not chunk.facts for chunk in chunks)
+    told = [(chunk, fact) for chunk in chunks for fact in chunk.facts]
+    assert len(told) > 100
+    for chunk, fact in told:
+        text = source.codec.decode(chunk.ids)
+        assert fact.value.lower() in text.lower()
+        assert fact.is_own or fact.person in text
+
+
+def test_a_question_is_answered_by_the_chunks_that_tell_it(source: EpisodeSource) -> None:
+    chunks = source.draw_chunks(200, 64)
+    tellers = find_tellers(chunks)
+    places = [place for place, chunk in enumerate(chunks) if chunk.facts]
+    num_unknown = 0
+    for place in places:
+        for question in source.draw_questions(chunks, place, tellers, 3):
+            if not question.answers:
+                num_unknown += 1
+                assert question.key not in tellers
+                continue
+            for holder, answer in question.answers.items():
+                facts = {fact.key: fact for fact in chunks[holder].facts}
+                assert facts[question.key].answer() == answer
+            assert place in question.answers
+    assert num_unknown > 0
+
+
+def test_targets_are_the_answers_one_token_ahead(source: EpisodeSource) -> None:
+    chunks = source.draw_chunks(40, 64)
+    tellers = find_tellers(chunks)
+    places = [place for place, chunk in enumerate(chunks) if len(chunk.facts) > 1]
+    rows = [
+        [(question.prompt, f"Answer {place}.") for question in source.draw_questions(chunks, place, tellers, 2)]
+        for place in places
+    ]
+    batch = batch_prompts(source.codec, rows, _END)
+    for row, turns in enumerate(rows):
+        whole = [i for prompt, answer in turns for i in (*prompt.ids, *source.codec.encode(answer), _END)]
+        wanted = [i for _, answer in turns for i in (*source.codec.encode(answer), _END)]
+        assert batch.input_ids[row, : len(whole) - 1].tolist() == whole[:-1]
+        assert batch.targets[row][batch.targets[row] >= 0].tolist() == wanted
+        assert int(batch.is_query[row].sum()) == sum(sum(prompt.is_query) for prompt, _ in turns)
+
+
+def test_an_answer_is_exact_only_if_every_token_is(source: EpisodeSource) -> None:
+    chunks = source.draw_chunks(40, 64)
+    tellers = find_tellers(chunks)
+    place = next(place for place, chunk in enumerate(chunks) if len(chunk.facts) > 1)
+    turns = [(question.prompt, "It is so.") for question in source.draw_questions(chunks, place, tellers, 2)]
+    batch = batch_prompts(source.codec, [turns, turns[:1]], _END)
+    targets = batch.targets[batch.targets >= 0]
+    logits = torch.nn.functional.one_hot(targets, 1024).float()
+    assert exact_answers(logits, batch).tolist() == [1.0, 1.0, 1.0]
+    second = len(source.codec.encode("It is so.")) + 2  # a token of the second answer
+    logits[second] = logits[second].roll(1)
+    assert exact_answers(logits, batch).tolist() == [1.0, 0.0, 1.0]
