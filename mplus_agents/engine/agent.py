@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -16,16 +14,13 @@ from mplus_agents.engine.inspection import agent_stats, layer_tokens
 from mplus_agents.engine.progress import ProgressBar
 from mplus_agents.engine.prompts import Prompt, chat_prompt, question_prompt
 from mplus_agents.engine.records import AgentStats, Document, Generation, Message, Receipt, TokenInfo
-from mplus_agents.engine.resident import Resident, open_resident
+from mplus_agents.engine.resident import Resident
+from mplus_agents.engine.state import AgentState
 from mplus_agents.engine.text import check_text
 from mplus_agents.engine.writer import Writer
-from mplus_agents.errors import AgentNotFoundError, ConflictError, InvalidInputError, StoreError
 
 if TYPE_CHECKING:
     from mplus_agents.engine.mplus import MPlus
-
-# An agent that another process writes to meanwhile is read again, at most so many times in all.
-_MAX_OPENINGS = 8
 
 
 class Agent:
@@ -43,9 +38,7 @@ class Agent:
         self.namespace = namespace
         self.name = name
         self._agent_id = agent_id
-        self._lock = threading.RLock()
-        self._resident: Resident | None = None
-        self._is_writing = False
+        self._state = AgentState(mplus.model, mplus.codec, mplus.store, namespace, name, agent_id)
 
     def __repr__(self) -> str:
         return f"Agent({self.name!r}, namespace={self.namespace!r}, model={self._mplus.name!r})"
@@ -87,7 +80,7 @@ class Agent:
             StoreError: The database failed; the message says so, and everything acknowledged before is still there.
         """
         items = parse_memories(memories, source_id)
-        with self._open_to_write() as resident, ProgressBar(progress) as bar:
+        with self._state.open_to_write() as resident, ProgressBar(progress) as bar:
             writer = self._writer(resident, bar)
             for item in _until_error(items, writer):
                 if isinstance(item, Document):
@@ -108,7 +101,7 @@ class Agent:
             ConflictError: Another process wrote to the agent at the same time; call again.
             StoreError: The database failed.
         """
-        with self._open_to_write() as resident:
+        with self._state.open_to_write() as resident:
             writer = self._writer(resident)
             writer.flush()
             writer.commit()
@@ -132,7 +125,7 @@ class Agent:
             PromptTooLongError: Question, window and answer do not fit the generation window.
         """
         question = check_text("question", question)
-        with self._open() as resident:
+        with self._state.open() as resident:
             prompt = question_prompt(self._mplus.codec, resident.window_text, question)
             answering = self._begin(resident, prompt, max_new_tokens, options)
         return answering.finish().text
@@ -157,7 +150,7 @@ class Agent:
             PromptTooLongError: A question, window and answer do not fit the generation window.
         """
         checked = [check_text(f"questions[{place}]", question) for place, question in enumerate(questions)]
-        with self._open() as resident:
+        with self._state.open() as resident:
             prompts = [question_prompt(self._mplus.codec, resident.window_text, question) for question in checked]
             return [item.text for item in self._answer_all(resident, prompts, max_new_tokens, options, batch_size)]
 
@@ -197,7 +190,7 @@ class Agent:
             PromptTooLongError: Message, window and answer do not fit the generation window.
         """
         turn = parse_message("message", message)
-        with self._open() as resident:
+        with self._state.open() as resident:
             prompt = chat_prompt(self._mplus.codec, [turn], lead=resident.window_text)
             answering = self._begin(resident, prompt, max_new_tokens, options)
         return self._stream_and_remember(turn, answering)
@@ -247,7 +240,7 @@ class Agent:
             PromptTooLongError: The turns and the answer do not fit the generation window.
         """
         prompts = [chat_prompt(self._mplus.codec, parse_conversation(messages)) for messages in conversations]
-        with self._open() as resident:
+        with self._state.open() as resident:
             return self._answer_all(resident, prompts, max_new_tokens, options, batch_size)
 
     def begin_generation(
@@ -269,7 +262,7 @@ class Agent:
             PromptTooLongError: The turns and the answer do not fit the generation window.
         """
         turns = parse_conversation(messages)
-        with self._open() as resident:
+        with self._state.open() as resident:
             prompt = chat_prompt(self._mplus.codec, turns)
             return self._begin(resident, prompt, max_new_tokens, options)
 
@@ -285,19 +278,19 @@ class Agent:
             InvalidInputError: The text is not allowed, or there is no such way to read Θ.
         """
         ids = torch.tensor([self._mplus.codec.encode(check_text("text", text))], device=self._mplus.model.device)
-        with self._open() as resident, torch.no_grad():
+        with self._state.open() as resident, torch.no_grad():
             return self._mplus.model.read(ids, resident.memory, long_term=long_term, seed=seed).logits[0]
 
     @property
     def window(self) -> list[Message]:
         """The turns that wait verbatim, oldest first; pieces of documents come as system turns."""
-        with self._open() as resident:
+        with self._state.open() as resident:
             return [Message(cast(Any, item.role or "system"), item.content) for item in resident.window]
 
     @property
     def window_text(self) -> str:
         """The window as a prompt shows it; empty if nothing waits."""
-        with self._open() as resident:
+        with self._state.open() as resident:
             return resident.window_text
 
     def clear_window(self) -> int:
@@ -310,7 +303,7 @@ class Agent:
             ConflictError: Another process wrote to the agent at the same time; call again.
             StoreError: The database failed.
         """
-        with self._open_to_write() as resident:
+        with self._state.open_to_write() as resident:
             seqs = [item.seq for item in resident.window if item.seq is not None]
             if seqs:
                 with self._mplus.store.write(resident.record) as tx:
@@ -324,7 +317,7 @@ class Agent:
         Raises:
             StoreError: The database failed.
         """
-        with self._open() as resident:
+        with self._state.open() as resident:
             return agent_stats(resident, self._mplus.store.stats(self._agent_id))
 
     def tokens(self, layer: int | None = None) -> list[TokenInfo]:
@@ -343,7 +336,7 @@ class Agent:
         if layer is not None:
             check_number("layer", layer, num_layers)
         layers = range(num_layers) if layer is None else [layer]
-        with self._open() as resident:
+        with self._state.open() as resident:
             return [info for number in layers for info in layer_tokens(resident, number)]
 
     def delete(self) -> None:
@@ -353,57 +346,9 @@ class Agent:
             AgentNotFoundError: It was deleted already.
             StoreError: The database failed.
         """
-        with self._lock:
+        with self._state.closed():
             self._mplus.store.delete_agent(self._agent_id)
-            self._resident = None
             self._mplus.forget(self)
-
-    @contextmanager
-    def _open(self) -> Iterator[Resident]:
-        """Lock the agent and bring its state up to date; if the call fails, the state is what the store has."""
-        with self._lock:
-            resident = self._resident
-            for _ in range(_MAX_OPENINGS):
-                version = self._mplus.store.agent_version(self._agent_id)
-                if version is None:
-                    raise AgentNotFoundError(f"agent {self.name!r} was deleted")
-                if resident is not None and resident.record.version == version:
-                    break
-                # Opening takes several reads. If another process wrote between them, they do not belong together.
-                resident = self._reopen()
-            else:
-                raise ConflictError(f"other processes write to agent {self.name!r} faster than it opens; call again")
-            self._resident = resident
-            yield resident
-
-    def _reopen(self) -> Resident | None:
-        """Rebuild the state from the store; None if another process wrote at the same time."""
-        store = self._mplus.store
-        record = store.find_agent(self.namespace, self.name)
-        if record is None or record.id != self._agent_id:
-            raise AgentNotFoundError(f"agent {self.name!r} was deleted")
-        try:
-            return open_resident(self._mplus.model, self._mplus.codec, store, record)
-        except StoreError:
-            if store.agent_version(self._agent_id) == record.version:
-                raise
-            return None
-
-    @contextmanager
-    def _open_to_write(self) -> Iterator[Resident]:
-        """Do `_open`; if the call fails, what it left in memory is dropped and the next call asks the store."""
-        with self._open() as resident:
-            if self._is_writing:
-                given = "an iterator that writes to the agent while the agent reads from it"
-                raise InvalidInputError("memories", given, "an iterator that leaves the agent alone")
-            try:
-                self._is_writing = True
-                yield resident
-            except BaseException:
-                self._resident = None
-                raise
-            finally:
-                self._is_writing = False
 
     def _writer(self, resident: Resident, bar: ProgressBar | None = None) -> Writer:
         advance = bar.advance if bar is not None else None

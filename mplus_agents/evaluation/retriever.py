@@ -78,6 +78,7 @@ class _Life:
 
     @classmethod
     def of(cls, loaded: LoadedModel, size: int, questions: int) -> _Life:
+        """Plan a memory for so many tokens in Θ."""
         memory = loaded.model.config.memory
         num_injections = -(-(memory.max_short_term + size) // memory.tokens_per_injection)
         in_theta = min(2 * memory.max_short_term // memory.tokens_per_injection, num_injections // 2)

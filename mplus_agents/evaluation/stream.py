@@ -216,6 +216,7 @@ class _Planner:
         self._used: set[tuple[str, str]] = set()
 
     def plan(self, asked: dict[int, int], window_tokens: int) -> StreamPlan:
+        """Draw the facts, lay out their tellings, and choose what is asked."""
         groups = {distance: self._draw_group(number) for distance, number in asked.items()}
         steps: dict[int, list[tuple[Telling, int]]] = {}
         old: dict[tuple[str, str], Fact] = {}

@@ -198,7 +198,9 @@ class SmallSettings(Section):
         num_questions: Questions per step.
         queue_steps: Earlier steps whose tokens stay in the world.
         context_every: Every so many steps reads from the prompt; 0: none.
+        most_context_chunks: Most chunks in a prompt of those steps.
         long_prompt_every: Every so many steps has long prompts; 0: none.
+        chat_share: Share of turns that need no memory.
         retriever_weight: Weight of the retriever's loss.
         common_from: Share of common names and values at the first step.
         common_to: The same at the last step.
@@ -213,7 +215,9 @@ class SmallSettings(Section):
     num_questions: Positive = 160
     queue_steps: NotNegative = 0
     context_every: NotNegative = 0
+    most_context_chunks: Positive = 8
     long_prompt_every: NotNegative = 0
+    chat_share: Share = 0.0
     retriever_weight: NotNegativeNumber = 0.3
     common_from: Share = 0.25
     common_to: Share = 0.25

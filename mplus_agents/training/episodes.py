@@ -14,7 +14,8 @@ from mplus_agents.engine.text import TextCodec
 from mplus_agents.language import RELATIONS, Fact, draw_facts, draw_name
 from mplus_agents.language.prose import packaged_prose as packaged_prose
 
-_REPLIES = ("I see.", "Good to know.", "I will remember that.", "Thank you for telling me.", "All right.")
+ACKNOWLEDGEMENT = "I see."
+_REPLIES = (ACKNOWLEDGEMENT, "Good to know.", "I will remember that.", "Thank you for telling me.", "All right.")
 _PREAMBLES = (
     "You are talking with a person. Answer from what you remember.",
     "This is a talk between a human and an assistant who remembers what it was told.",
@@ -28,6 +29,7 @@ _OWN_FACTS = 0.4  # of dialogues
 _DENSE = 0.3
 _UPDATES = 0.10
 _UNKNOWN = 0.08
+_TOLD_IN_WINDOW = 3.0  # times `chat_share`, of the prompts with text in front
 Key = tuple[str, str]
 
 
@@ -54,12 +56,14 @@ class Question:
         answers: Answer by the chunk that holds it (several if the fact was told again with another value); empty if
             nobody told it.
         prompt: The prompt.
+        reply: The answer, if none of the chunks holds it but the prompt itself; None otherwise.
     """
 
     chunk: int
     key: Key
     answers: dict[int, str]
     prompt: Prompt
+    reply: str | None = None
 
 
 @dataclass(slots=True)
@@ -72,6 +76,8 @@ class EpisodeSource:
         starts: Places in `prose` where a word starts.
         rng: Where randomness comes from.
         common: Share of common names and values; the others are made up.
+        chat_share: Share of turns that need no memory: a fact told, which is acknowledged, or a question whose answer
+            stands in the text in front of it.
     """
 
     codec: TextCodec
@@ -79,6 +85,7 @@ class EpisodeSource:
     starts: list[int]
     rng: Random = field(default_factory=Random)
     common: float = 0.25
+    chat_share: float = 0.0
 
     @classmethod
     def load(cls, codec: TextCodec, texts: Sequence[str], seed: int) -> EpisodeSource:
@@ -198,6 +205,14 @@ class EpisodeSource:
 
     def _ask(self, fact: Fact, chunk_idx: int, tellers: Mapping[Key, Mapping[int, Fact]], long: bool) -> Question:
         rng = self.rng
+        if self.chat_share and rng.random() < self.chat_share:
+            told = draw_facts(rng, 1, "training", own=rng.random() < 0.5, common=self.common)[0]
+            prompt = self._prompt(told.state(rng), long, told.key)
+            return Question(chunk_idx, told.key, {}, prompt, ACKNOWLEDGEMENT)
+        if self.chat_share and long and rng.random() < _TOLD_IN_WINDOW * self.chat_share:
+            told = Fact(fact.person, fact.relation, fact.relation.draw_value(rng, "training", self.common))
+            prompt = self._prompt_after(told.ask(rng), self._turns(told.key, told), is_needed=True)
+            return Question(chunk_idx, told.key, {}, prompt, told.answer())
         if rng.random() < _UNKNOWN:
             person = draw_name(rng, "training", common=0.0) if rng.random() < 0.3 else fact.person
             kinds = [kind for kind in RELATIONS if (person, kind.name) not in tellers]
@@ -214,7 +229,11 @@ class EpisodeSource:
             if rng.random() < 0.7:
                 return question_prompt(self.codec, "", question)
             return chat_prompt(self.codec, [Message("user", question)])
-        window = self._window(key)
+        return self._prompt_after(question, self._window(key))
+
+    def _prompt_after(self, question: str, window: str, is_needed: bool = False) -> Prompt:
+        """Ask with a window in front, or in a framework's template, which holds the window or (not if needed) none."""
+        rng = self.rng
         way = rng.random()
         if way < 0.35:
             return question_prompt(self.codec, window, question)
@@ -223,20 +242,26 @@ class EpisodeSource:
         human, helper = rng.choice(_LABELS)
         lead = rng.choice(_PREAMBLES) if rng.random() < 0.5 else self._prose_text(rng.randint(10, 70))
         head = rng.choice(("Current conversation:\n", "Conversation so far:\n", ""))
-        history = window if rng.random() < 0.4 else ""
+        history = window if rng.random() < 0.4 or is_needed else ""
         text = f"{lead}\n\n{head}{history}\n{human}: {question}\n{helper}:"
         return chat_prompt(self.codec, [Message("user", text)])
 
     def _window(self, key: Key) -> str:
         """Turns or text that wait in the window and do not hold the answer."""
+        if self.rng.random() < 0.4:
+            return self._prose_text(self.rng.randint(5, 60))
+        return self._turns(key, None)
+
+    def _turns(self, key: Key, told: Fact | None) -> str:
+        """Facts in a row or as turns; of `key` nothing but what is `told`."""
         rng = self.rng
-        if rng.random() < 0.4:
-            return self._prose_text(rng.randint(5, 60))
         facts = [
             fact
             for fact in draw_facts(rng, rng.randint(1, 4), "training", own=rng.random() < 0.3, common=self.common)
             if fact.key != key
         ]
+        if told is not None:
+            facts.insert(rng.randint(0, len(facts)), told)
         if rng.random() < 0.5:
             return " ".join(fact.state(rng) for fact in facts)
         human, helper = rng.choice((("User", "Assistant"), ("Human", "AI")))

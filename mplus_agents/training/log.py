@@ -139,13 +139,13 @@ class TrainingLog:
         names = {name: None for row in rows for name in row}
         columns = [*(name for name in _FIXED if name in names), *(name for name in names if name not in _FIXED)]
 
-        def write(path: Path) -> None:
+        def write_rows(path: Path) -> None:
             with path.open("w", newline="", encoding="utf-8") as file:
                 writer = csv.DictWriter(file, columns, restval="")
                 writer.writeheader()
                 writer.writerows(rows)
 
-        write_atomically(self._path, write)
+        write_atomically(self._path, write_rows)
 
 
 def _summary_writer(folder: Path) -> Any:

@@ -65,6 +65,7 @@ class _LayerCall(Cache):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Put the prefix in front; transformers calls it once, from the layer's attention."""
         prefix = self.prefix
         assert prefix is not None, "the hook before attention did not run"
         keys = torch.cat([prefix.keys.to(key_states.dtype), key_states], dim=2)

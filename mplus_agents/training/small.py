@@ -77,7 +77,8 @@ class SmallRecipe:
         if stage.kind == "context" or (stage.context_every and step % stage.context_every == 0):
             if self._source.rng.random() < _RECALL_SHARE:
                 return self._context.recall(1.0)
-            return self._context.context(stage.kind == "context" and step < _ONE_CHUNK_SHARE * stage.steps)
+            is_easy = stage.kind == "context" and step < _ONE_CHUNK_SHARE * stage.steps
+            return self._context.context(1 if is_easy else stage.most_context_chunks)
         if stage.kind == "write":
             return self._memory.write_only()
         help_share = max(0.0, _HELP_SHARE * (1 - step / (_HELP_UNTIL * stage.steps)))

@@ -112,14 +112,14 @@ class ContextTasks:
             for person, kind in rng.sample(pairs, min(most, len(pairs)))
         ]
 
-    def context(self, one_chunk: bool) -> tuple[torch.Tensor, dict[str, float]]:
+    def context(self, most_chunks: int) -> tuple[torch.Tensor, dict[str, float]]:
         """Answer from chunks that stand in the prompt itself.
 
         Args:
-            one_chunk: Whether a row has a single chunk; up to eight otherwise.
+            most_chunks: Most chunks in a row; one in half of the steps.
         """
         rng, source = self._source.rng, self._source
-        num_chunks = 1 if one_chunk else rng.choice((1, 1, 1, 2, 4, 8))
+        num_chunks = rng.choice((1, 1, 1, 2, most_chunks // 2, most_chunks)) if most_chunks > 1 else 1
         new_lines = source.codec.encode("\n\n")[1:]
         rows, lengths = [], []
         for _ in range(max(6, _NUM_ROWS // num_chunks)):

@@ -121,11 +121,12 @@ class MemoryTasks:
         told = [place for place, chunk in enumerate(chunks[: stage.num_chunks]) if chunk.facts]
         num_rows = stage.num_questions // (3 if is_long else 1)
         tellers = find_tellers(chunks)
+        self._source.chat_share = stage.chat_share
         questions = [self._source.draw_question(chunks, rng.choice(told), tellers, is_long) for _ in range(num_rows)]
         histories = self._histories(questions, tellers, len(chunks))
         holders = [_newest(question, ages) for question, ages in zip(questions, histories.ages.tolist(), strict=True)]
         answers = [
-            question.answers[holder] if holder >= 0 else UNKNOWN_ANSWER
+            question.reply or (question.answers[holder] if holder >= 0 else UNKNOWN_ANSWER)
             for question, holder in zip(questions, holders, strict=True)
         ]
         rows = [[(question.prompt, answer)] for question, answer in zip(questions, answers, strict=True)]

@@ -45,7 +45,15 @@ def accuracy_by_kind(
     known = holder >= 0
     age = histories.ages.gather(1, holder.clamp(min=0)[:, None])[:, 0]
     far = known & (age >= 64)
-    kinds = {"exact": known, "far": far, "updated": updated & known, "own": own & known, "unknown": ~known}
+    replied = torch.tensor([question.reply is not None for question in questions])
+    kinds = {
+        "exact": known,
+        "far": far,
+        "updated": updated & known,
+        "own": own & known,
+        "unknown": ~known & ~replied,
+        "chat": replied,
+    }
     return {name: exact[rows].mean().item() for name, rows in kinds.items() if rows.any()}
 
 

@@ -22,6 +22,9 @@ class SmallStage:
         queue_steps: Earlier steps whose tokens stay in the world.
         context_every: Every so many steps reads from the prompt, so that this is not unlearned; 0: none.
         long_prompt_every: Every so many steps has much text in front of its questions; 0: none.
+        most_context_chunks: Most chunks in a prompt of those steps.
+        chat_share: Share of turns that need no memory: facts told, which are acknowledged, and questions whose answer
+            waits in the window. `theta` and `long_term` only.
         retriever_weight: Weight of the retriever's loss.
         common_from: Share of common names and values at the first step; they are single tokens mostly.
         common_to: The same at the last step.
@@ -35,6 +38,8 @@ class SmallStage:
     queue_steps: int = 0
     context_every: int = 0
     long_prompt_every: int = 0
+    most_context_chunks: int = 8
+    chat_share: float = 0.0
     retriever_weight: float = 0.3
     common_from: float = 0.25
     common_to: float = 0.25

@@ -23,7 +23,7 @@ from mplus_agents.engine.text import TextCodec
 from mplus_agents.model import MPlusModel
 from mplus_agents.store import EventRecord, Store
 
-TINY = Path(__file__).parents[2] / "mplus_agents" / "assets" / "mplus-tiny"
+TINY = Path(__file__).parents[1] / "fixtures" / "random"
 CHUNK, MINIMUM, NUM_NEW = 128, 16, 16
 PROBE = "Where does Maya live, and what is her dog called?"
 _VOCABULARY = "Maya Oslo dog Ferry lives was called the a blue table on under river and of index memory agent; 17 so é"
@@ -57,7 +57,7 @@ def engine(
     """Open an engine on a database file, as another process would."""
     url = path if isinstance(path, str) else f"sqlite:///{path}"
     with Store(url, **options) as store:
-        yield MPlus(model or tiny(), codec or tiny_codec(), store, "mplus-tiny")
+        yield MPlus(model or tiny(), codec or tiny_codec(), store, "random")
 
 
 def prose(num_words: int, seed: int = 0) -> str:

@@ -267,5 +267,5 @@ def test_a_chat_template_is_used_end_to_end(tmp_path: Path) -> None:
 def test_the_same_agent_is_one_object(mplus: MPlus) -> None:
     assert mplus.agent("a") is mplus.agent("a")
     assert mplus.agent("a") is not mplus.agent("a", namespace="other")
-    assert repr(mplus.agent("a")) == "Agent('a', namespace='default', model='mplus-tiny')"
+    assert repr(mplus.agent("a")) == "Agent('a', namespace='default', model='random')"
     assert mplus.agent("a").mplus is mplus

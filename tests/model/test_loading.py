@@ -86,7 +86,7 @@ def load(folder: Path, **options: Any) -> MPlusModel:
     return MPlusModel.from_pretrained(folder, device="cpu", **options)
 
 
-def same_model(one: MPlusModel, other: MPlusModel) -> None:
+def assert_same_model(one: MPlusModel, other: MPlusModel) -> None:
     """Two models hold the same tensors and compute the same numbers, bit for bit."""
     left, right = one.state_dict(), other.state_dict()
     assert left.keys() == right.keys()
@@ -109,7 +109,7 @@ def same_model(one: MPlusModel, other: MPlusModel) -> None:
 
 @pytest.mark.parametrize("name", FIXTURE_NAMES)
 def test_sharded_equals_unsharded(tmp_path: Path, name: str) -> None:
-    same_model(published(name), load(shard(edited(tmp_path / "sharded", name))))
+    assert_same_model(published(name), load(shard(edited(tmp_path / "sharded", name))))
 
 
 def test_missing_shard(tmp_path: Path) -> None:
@@ -469,7 +469,7 @@ def test_memoryllm_that_was_never_written_to_starts_empty(tmp_path: Path) -> Non
 def test_rotary_buffers_in_a_file_are_ignored(tmp_path: Path) -> None:
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
     folder = edited(tmp_path / "edited", "mplus", lambda tensors: tensors.update({name: torch.ones(8)}))
-    same_model(published("mplus"), load(folder))
+    assert_same_model(published("mplus"), load(folder))
 
 
 @pytest.mark.parametrize("keeps_head", [True, False])
@@ -498,7 +498,7 @@ def test_published_to_own_and_back(tmp_path: Path, name: str) -> None:
     model = published(name)
     model.save_pretrained(tmp_path / "own")
     saved = load(tmp_path / "own")
-    same_model(model, saved)
+    assert_same_model(model, saved)
     written, original = (
         load_file(tmp_path / "own" / "model.safetensors"),
         load_file(checkpoint(name) / "model.safetensors"),
@@ -508,13 +508,13 @@ def test_published_to_own_and_back(tmp_path: Path, name: str) -> None:
     config = json.loads((tmp_path / "own" / "config.json").read_text(encoding="utf-8"))
     assert config["mplus"]["memory"]["rule"] == "released"
     saved.save_pretrained(tmp_path / "again")
-    same_model(saved, load(tmp_path / "again"))
+    assert_same_model(saved, load(tmp_path / "again"))
 
 
 def test_sharded_and_overridden_rule_survive_saving(tmp_path: Path) -> None:
     model = load(shard(edited(tmp_path / "sharded")), memory_rule="paper")
     model.save_pretrained(tmp_path / "own")
-    same_model(model, load(tmp_path / "own"))
+    assert_same_model(model, load(tmp_path / "own"))
     assert load(tmp_path / "own", memory_rule="released").config.memory.rule == "released"
 
 
@@ -634,15 +634,15 @@ def test_base_saves_and_loads(tmp_path: Path, family: str) -> None:
     model = MPlusModel.from_base(tmp_path / "base", device="cpu", **BASE_OPTIONS)
     shutil.rmtree(tmp_path / "base")  # nothing of it is needed any more
     model.save_pretrained(tmp_path / "own")
-    same_model(model, load(tmp_path / "own"))
+    assert_same_model(model, load(tmp_path / "own"))
     load(tmp_path / "own").save_pretrained(tmp_path / "again")
-    same_model(model, load(tmp_path / "again"))
+    assert_same_model(model, load(tmp_path / "again"))
 
 
 def test_base_seed_decides_the_new_weights(tmp_path: Path) -> None:
     save_base("llama", tmp_path)
     models = [MPlusModel.from_base(tmp_path, device="cpu", seed=seed, **BASE_OPTIONS) for seed in (0, 0, 1)]
-    same_model(models[0], models[1])
+    assert_same_model(models[0], models[1])
     assert models[0].fingerprint["retriever"] != models[2].fingerprint["retriever"]
     assert models[0].fingerprint["weights"] == models[2].fingerprint["weights"]
 
@@ -656,7 +656,7 @@ def test_base_as_memoryllm_and_without_adapters(tmp_path: Path) -> None:
     grow(model, memory, [9, 3, 20, 8, 6])
     assert memory.theta_size == 32
     model.save_pretrained(tmp_path / "own")
-    same_model(model, load(tmp_path / "own"))
+    assert_same_model(model, load(tmp_path / "own"))
 
 
 _YARN = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 1024}

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
 
 import mplus_agents
 from mplus_agents.engine.text import TextCodec
-from mplus_agents.training.episodes import EpisodeSource, batch_prompts, find_tellers
+from mplus_agents.language import USER, relation
+from mplus_agents.training.episodes import ACKNOWLEDGEMENT, EpisodeSource, batch_prompts, find_tellers
 from mplus_agents.training.small_metrics import exact_answers
 
 _TINY = Path(mplus_agents.__file__).parent / "assets" / "mplus-tiny"
@@ -53,6 +55,27 @@ def test_a_question_is_answered_by_the_chunks_that_tell_it(source: EpisodeSource
     assert num_unknown > 0
 
 
+def test_chat_turns_are_answered_by_the_prompt_itself(source: EpisodeSource) -> None:
+    talker = EpisodeSource(source.codec, source.prose, source.starts, Random(5), chat_share=0.3)
+    chunks = talker.draw_chunks(100, 64)
+    tellers = find_tellers(chunks)
+    places = [place for place, chunk in enumerate(chunks) if chunk.facts]
+    questions = [talker.draw_question(chunks, talker.rng.choice(places), tellers, long=True) for _ in range(300)]
+    replies = [question for question in questions if question.reply is not None]
+    told = [question for question in replies if question.reply != ACKNOWLEDGEMENT]
+    assert 0.3 < len(replies) / len(questions) < 1
+    assert 0 < len(told) < len(replies)
+    assert all(not question.answers for question in replies)
+    for question in told:
+        person, kind = question.key
+        assert question.reply is not None
+        form = relation(kind).own_answer if person == USER else relation(kind).answer
+        start, end = form.format(p=person, v="\0").split("\0")
+        value = question.reply.removeprefix(start).removesuffix(end)
+        assert value.lower() in talker.codec.decode(question.prompt.ids).lower()
+    assert all(question.reply is None for question in source.draw_questions(chunks, places[0], tellers, 3))
+
+
 def test_targets_are_the_answers_one_token_ahead(source: EpisodeSource) -> None:
     chunks = source.draw_chunks(40, 64)
     tellers = find_tellers(chunks)
@@ -77,7 +100,7 @@ def test_an_answer_is_exact_only_if_every_token_is(source: EpisodeSource) -> Non
     turns = [(question.prompt, "It is so.") for question in source.draw_questions(chunks, place, tellers, 2)]
     batch = batch_prompts(source.codec, [turns, turns[:1]], _END)
     targets = batch.targets[batch.targets >= 0]
-    logits = torch.nn.functional.one_hot(targets, 1024).float()
+    logits = torch.nn.functional.one_hot(targets, len(source.codec.tokenizer)).float()
     assert exact_answers(logits, batch).tolist() == [1.0, 1.0, 1.0]
     second = len(source.codec.encode("It is so.")) + 2  # a token of the second answer
     logits[second] = logits[second].roll(1)

@@ -99,8 +99,8 @@ def _without_long_term(folder: Path) -> torch.Tensor:
     with open_engine(folder) as mplus:
         alice = mplus.agent("alice", create=False)
         alice.logits(PROBE)
-        assert alice._resident is not None
-        for block in alice._resident.memory.long_term._blocks.values():
+        assert alice._state._resident is not None
+        for block in alice._state._resident.memory.long_term._blocks.values():
             block.values.zero_()
         return alice.logits(PROBE)
 
