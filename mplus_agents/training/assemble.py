@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, cast
 
 from mplus_agents.engine.text import TextCodec
-from mplus_agents.errors import ConfigError
 from mplus_agents.language.prose import packaged_prose
 from mplus_agents.training.checkpoints import CheckpointFolder, load_values
 from mplus_agents.training.config import PREVIOUS, SmallSettings, StageConfig
@@ -39,8 +38,6 @@ def build_recipe(
         from mplus_agents.training.small import SmallRecipe
         from mplus_agents.training.small_stage import SmallStage
 
-        if network.bos_embedding.device.type != "cpu":
-            raise ConfigError("recipe.type is 'small', which runs on a CPU only; start it with ACCELERATE_USE_CPU=true")
         texts = [packaged_prose(name) for name in stage.data.prose]
         source = EpisodeSource.load(codec, texts, draw_seed(stage, rank))
         own = settings.model_dump(exclude={"type", "objective", "detach_hidden"})

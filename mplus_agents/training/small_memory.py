@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import torch
 
+from mplus_agents.errors import ConfigError
 from mplus_agents.language import UNKNOWN_ANSWER, Fact, relation
 from mplus_agents.training.episodes import Chunk, EpisodeSource, Question, batch_prompts, find_tellers
 from mplus_agents.training.network import TrainableMPlus
@@ -20,6 +21,7 @@ _FULL_CHUNKS = 0.6  # share of the steps; the others have shorter ones
 _FIRST_WRITES = 0.06  # share of the steps that write into an empty memory
 _LEVELS = (1, 2, 4, 8)  # chunks in θ, while writing is learned
 _NEXT_LEVEL_AT = 0.65
+_K0_SHARES = (1, 1, 0.5, 0.75, 1.5)  # other K0 than the model's are read too
 _MEAN_AGE = 6.0  # of facts that are asked for while they are young
 
 
@@ -43,6 +45,13 @@ class MemoryTasks:
         detach_hidden: bool,
     ) -> None:
         self._network, self._source, self._stage = network, source, stage
+        memory = network.config.memory
+        least, written = int(max(_K0_SHARES) * memory.num_retrieved), stage.num_chunks * memory.tokens_per_injection
+        if stage.kind == "long_term" and written < least:
+            raise ConfigError(
+                f"recipe.num_chunks is {stage.num_chunks}, which write {written} memory tokens in a step; "
+                f"allowed are numbers that write {least}, which is 1.5 times K0, or more"
+            )
         self._objective: RetrieverObjective = objective
         self._detach = detach_hidden
         self._queue: list[tuple[list[Chunk], torch.Tensor]] = []  # chunks with their tokens [L, c * K, d]
@@ -137,8 +146,8 @@ class MemoryTasks:
         owner = torch.arange(len(chunks)).repeat_interleave(per_chunk)
         positives = owner[None] == holder[:, None]
         retriever_loss = RetrieverLoss(positives.to(pool[0].device), self._objective, self._detach)
-        num_retrieved = rng.choice((memory.num_retrieved, memory.num_retrieved, 16, 24, 48))
-        num_retrieved = num_retrieved if stage.kind == "long_term" else 0
+        share = rng.choice(_K0_SHARES)
+        num_retrieved = int(share * memory.num_retrieved) if stage.kind == "long_term" else 0
         is_helped = torch.rand(len(rows)) < help_share
         reading = WorldMemory(
             self._network,
@@ -159,7 +168,8 @@ class MemoryTasks:
         metrics["retriever"] = retriever_loss.total().item()
         loss = loss + stage.retriever_weight * retriever_loss.total()
         if num_retrieved == memory.num_retrieved:
-            metrics |= retriever_recall(reading.retrieved, theta, positives & ~is_helped[:, None], histories)
+            retrieved = [tokens.cpu() for tokens in reading.retrieved]
+            metrics |= retriever_recall(retrieved, theta, positives & ~is_helped[:, None], histories)
         return loss, metrics
 
     def _write_world(self) -> tuple[list[Chunk], list[torch.Tensor]]:
