@@ -20,7 +20,7 @@ class RetrieverLoss:
             the mean over query tokens of sigmoid(q·k). `contrastive`: positives against the hardest negatives of
             each question in one softmax over logit(s), which trains the order that top-K0 retrieval depends on.
         detach_hidden: Whether the hidden states get no gradient from it (paper 3.2.2).
-        num_hard: Negatives with the highest scores per question.
+        num_hard: Negatives with the highest scores per question. Many of them, and few others, teach to score all alike.
         num_random: Other negatives per question.
     """
 
@@ -29,8 +29,8 @@ class RetrieverLoss:
         positives: torch.Tensor,
         objective: RetrieverObjective = "contrastive",
         detach_hidden: bool = True,
-        num_hard: int = 128,
-        num_random: int = 64,
+        num_hard: int = 16,
+        num_random: int = 512,
     ) -> None:
         self.detach_hidden = detach_hidden
         self._positives = positives
