@@ -17,8 +17,8 @@ class RetrieverLoss:
     Args:
         positives: [r, p] bool, the tokens that answer each question; a row without any adds nothing.
         objective: `bce`, the published one: mean −log s over positives plus mean −log(1 − s) over negatives, s being
-            the mean over query tokens of sigmoid(q·k). `contrastive`: positives against the hardest negatives of
-            each question in one softmax over logit(s), which trains the order that top-K0 retrieval depends on.
+            the mean over query tokens of sigmoid(q·k). `contrastive`: positives against many other tokens in one
+            softmax over logit(s), which trains the order that top-K0 retrieval depends on.
         detach_hidden: Whether the hidden states get no gradient from it (paper 3.2.2).
         num_hard: Negatives with the highest scores per question. Many of them, and few others, teach to score all alike.
         num_random: Other negatives per question.
