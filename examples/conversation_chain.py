@@ -3,7 +3,7 @@
     python examples/conversation_chain.py [STORE]
 
 LangChain warns that ConversationChain is its older way; langchain_mplus works with the newer ones too.
-`mplus-tiny`, the model in the package, has random weights for now: its answers are noise, its memory is real.
+`mplus-tiny`, the model in the package, speaks a simple English: its model card says which facts and questions it knows.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ with MPlus.from_pretrained("mplus-tiny", store=STORE) as mplus:
     agent = mplus.agent("alice")  # opened if it exists, created if not
     chain = ConversationChain(llm=ChatMPlus(agent=agent), memory=MPlusMemory(agent=agent))
 
-    print("AI:", ascii(chain.predict(input="Maya lives in Oslo and works at the harbour.")))
+    print("AI:", ascii(chain.predict(input="Maya lives in Oslo.")))
     print("AI:", ascii(chain.predict(input="Where does Maya live?")))
 
     stats = agent.stats()

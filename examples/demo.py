@@ -3,8 +3,8 @@
     python examples/demo.py [--store sqlite:///demo.db] [--quick]
 
 Process 1 holds a LangChain conversation and reads the Python language reference, which every Python brings along.
-Process 2 opens the agent from the database and proves that its memory is the same, bit for bit, and that it is used.
-The model is mplus-tiny, whose weights are random for now: its answers are noise. The memory works as with any model.
+Process 2 opens the agent from the database, asks for the facts, with the long-term memory Θ and without it, and proves
+that the memory is the same, bit for bit. The model is mplus-tiny, which speaks a simple English.
 """
 
 from __future__ import annotations
@@ -32,8 +32,20 @@ if TYPE_CHECKING:
 
 AGENT = "demo"
 PROBE = "Maya lives in Oslo. A class definition defines a class object, and a for statement iterates over"
-FACTS = ("Maya lives in Oslo and works at the harbour.", "Her boat is called Tern.", "It needs new sails before June.")
-QUESTIONS = ("Where does Maya live?", "What is the boat called?", "What does a for statement do?")
+FACTS = (
+    "I live in Oslo.",
+    "My boat is called Zumeri.",
+    "The sister of Theo is called Lavika.",
+    "Theo works as a baker.",
+    "I will travel to Bogota.",
+)
+QUESTIONS = {  # with the answer that is right
+    "Where do I live?": "Your home is Oslo.",
+    "What is my boat?": "Your boat is Zumeri.",
+    "Who is the sister of Theo?": "The sister of Theo is Lavika.",
+    "What does Theo work as?": "The job of Theo is baker.",
+    "Where will I travel?": "Your next journey is Bogota.",
+}
 QUICK_CHARS = 40_000
 
 console = Console(highlight=False)
@@ -52,10 +64,6 @@ def main() -> int:
         return remember_and_prove(options.store, Path(options.saved))
     started = time.monotonic()
     console.print("[bold]mplus-agents: a memory that outlives the process[/]")
-    console.print(
-        "[yellow]The small model in the package, mplus-tiny, has random weights for now:\n"
-        "its answers below are noise. What it shows is that memory is written, kept,\nrestored and used.[/]"
-    )
     with tempfile.TemporaryDirectory(prefix="mplus-demo-") as folder:
         store = options.store or f"sqlite:///{Path(folder) / 'demo.db'}"
         command = [sys.executable, __file__, "--store", store, "--saved", str(Path(folder) / "logits.npy")]
@@ -132,10 +140,26 @@ def remember_and_prove(store: str, saved: Path) -> int:
             "without a write pass.",
             soft_wrap=True,
         )
-        for question in QUESTIONS:
-            say("you", question)
-            say("agent", agent.ask(question, max_new_tokens=32))
+        question_and_compare(agent)
         return prove(mplus, agent, saved)
+
+
+def question_and_compare(agent: Agent) -> None:
+    """Ask for what was told before the book was read, with the long-term memory Θ and without it."""
+    table = Table("question", "answer from memory", "the same with Θ off", box=None, pad_edge=False, header_style="dim")
+    num_right = 0
+    for question, expected in QUESTIONS.items():
+        answers = [agent.ask(question, max_new_tokens=24, long_term=way).strip() for way in ("retrieved", "off")]
+        num_right += answers[0] == expected
+        marked = [mark(answer, answer == expected, width) for answer, width in zip(answers, (30, 20), strict=True)]
+        table.add_row(question, *marked)
+    console.print(table)
+    console.print(f"{num_right} of {len(QUESTIONS)} answers from memory are right (green).")
+
+
+def mark(answer: str, is_right: bool, max_chars: int) -> Text:
+    """Return an answer in one short line, green if it is right and red if not."""
+    return Text(shorten(answer, max_chars), style="green" if is_right else "red")
 
 
 def prove(mplus: MPlus, agent: Agent, saved: Path) -> int:
@@ -207,9 +231,13 @@ def digest(logits: torch.Tensor) -> str:
 
 def say(who: str, text: str, max_chars: int = 68) -> None:
     """Print a turn in one line."""
+    console.print(Text(f"  {who:>5}: ", style="dim").append(shorten(text, max_chars), style="not dim"), soft_wrap=True)
+
+
+def shorten(text: str, max_chars: int) -> str:
+    """Return one printable line of a text."""
     line = "".join(character if character.isprintable() else "·" for character in text)
-    line = line if len(line) <= max_chars else line[: max_chars - 1] + "…"
-    console.print(Text(f"  {who:>5}: ", style="dim").append(line, style="not dim"), soft_wrap=True)
+    return line if len(line) <= max_chars else line[: max_chars - 1] + "…"
 
 
 def print_rows(rows: dict[str, str]) -> None:

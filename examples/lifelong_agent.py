@@ -2,8 +2,8 @@
 
     python examples/lifelong_agent.py
 
-Every session is a process of its own and nothing but the database connects them. `mplus-tiny` has random weights for
-now, so the answers are noise; what is checked is that the memory lives on, grows, and holds everything exactly once.
+Every session is a process of its own and nothing but the database connects them. Checked is that the memory lives on,
+grows, and holds everything exactly once.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ if TYPE_CHECKING:
 
 HANDBOOK = "Rule {n}: whoever leaves the workshop last switches off machine {n} and writes the time into book {n}. "
 SESSIONS = (
-    ("Maya lives in Oslo.", "Her boat is called Tern.", "The boat needs new sails before June."),
-    ("The sails were ordered in Bergen.", "They cost 8,000 kroner.", "Maya is on holiday until Monday."),
-    ("The sails have arrived.", "Maya is back.", "The boat goes into the water on Friday."),
+    ("Maya lives in Oslo.", "The boat of Maya is called Zumeri.", "I live in Lisbon."),
+    ("Maya works as a sailor.", "The brother of Maya is called Felix.", "I play the cello."),
+    ("Maya lives in Tunis.", "Felix will travel to Quito.", "My dog is called Roku."),
 )
+QUESTIONS = ("Where does Maya live?", "What is the boat of Maya?", "Where do I live?")
 
 
 def main() -> None:
@@ -59,7 +60,8 @@ def live(store: str, number: int) -> None:
         print(f"  handbook: {receipt.num_text_tokens} tokens injected; {receipt.note or 'read from the start'}")
         for fact in SESSIONS[number]:
             print(f"  you: {fact}\n  AI:  {shorten(agent.chat(fact, max_new_tokens=16))}")
-        print(f"  ask: Where is the boat?\n  AI:  {shorten(agent.ask('Where is the boat?', max_new_tokens=16))}")
+        for question in QUESTIONS:
+            print(f"  ask: {question}\n  AI:  {shorten(agent.ask(question, max_new_tokens=24))}")
 
         after = agent.stats()
         print(f"  now {after.num_injections} injections, {after.short_term_tokens} tokens per layer in θ,", end=" ")

@@ -43,7 +43,7 @@ def ask(
     session = Session(agent, namespace, model, store, device)
     with session.open(create=False) as opened:
         if not as_json:
-            session.warn_of_noise()
+            session.note_language()
         with working("answering"):
             answer = opened.ask(question, max_new_tokens=max_new_tokens)
     if as_json:

@@ -60,7 +60,7 @@ def chat(
     is_interactive = sys.stdin.isatty() and not as_json
     with session.open(create=True) as opened:
         if not as_json:
-            session.warn_of_noise()
+            session.note_language()
         if is_interactive:
             note(_COMMANDS)
         talk = Conversation(opened, max_new_tokens, as_json, is_interactive)

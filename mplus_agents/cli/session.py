@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 _TINY_MODEL = "mplus-tiny"
 _SMALL_MODEL_PARAMETERS = 50_000_000
 _TINY_NOTE = (
-    "mplus-tiny has random weights for now: its memory works, but its answers are noise. "
-    "For answers, choose a trained model with --model."
+    "mplus-tiny speaks a simple English: facts about people, such as home, job, dog and favourite food. "
+    "For more, choose another model with --model."
 )
 
 
@@ -73,8 +73,8 @@ class Session:
                 note(f"agent {self.agent!r} is new in {mplus.store.url}")
             yield agent
 
-    def warn_of_noise(self) -> None:
-        """Say on stderr that the built-in model cannot answer yet, if it is the one in use."""
+    def note_language(self) -> None:
+        """Say on stderr what the built-in model can talk about, if it is the one in use."""
         if self.model == _TINY_MODEL:
             note(_TINY_NOTE)
 

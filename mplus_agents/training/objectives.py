@@ -20,7 +20,8 @@ class RetrieverLoss:
             the mean over query tokens of sigmoid(q·k). `contrastive`: positives against many other tokens in one
             softmax over logit(s), which trains the order that top-K0 retrieval depends on.
         detach_hidden: Whether the hidden states get no gradient from it (paper 3.2.2).
-        num_hard: Negatives with the highest scores per question. Many of them, and few others, teach to score all alike.
+        num_hard: Negatives with the highest scores per question. Many of them and few others teach to score all alike
+            (docs/decisions/0002-curriculum.md).
         num_random: Other negatives per question.
     """
 

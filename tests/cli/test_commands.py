@@ -156,7 +156,7 @@ def test_ask_answers_and_writes_nothing(mplus: Run) -> None:
     result = mplus("ask", "Where does Maya live?", "--max-new-tokens", "8")
     assert result.exit_code == 0
     assert result.stdout.strip()
-    assert "random weights" in result.stderr
+    assert "simple English" in result.stderr
     with Store(STORE) as store:
         assert store.find_agent("default", "default") == before
 
@@ -239,7 +239,7 @@ def test_stats_are_the_agents(mplus: Run, book: Path) -> None:
     measured = json.loads(mplus("stats", "--json").stdout)
     assert measured["num_injections"] == num_injections()
     assert measured["short_term_tokens"] == min(256, measured["num_injections"] * 16)
-    assert measured["long_term_tokens"] == [max(0, measured["num_injections"] * 16 - 256)] * 4
+    assert measured["long_term_tokens"] == [max(0, measured["num_injections"] * 16 - 256)] * 6
     shown = mplus("stats").stdout
     assert "short-term memory θ" in shown
     assert f"{measured['num_injections']}" in shown
@@ -248,9 +248,9 @@ def test_stats_are_the_agents(mplus: Run, book: Path) -> None:
 def test_stats_list_every_token(mplus: Run, book: Path) -> None:
     mplus("read", str(book))
     lines = [json.loads(line) for line in mplus("stats", "--tokens", "--json").stdout.splitlines()]
-    assert len(lines) == num_injections() * 16 * 4
+    assert len(lines) == num_injections() * 16 * 6
     assert set(lines[0]) == {"layer", "place", "injection_id", "step", "slot", "birth", "age"}
-    assert {line["layer"] for line in lines} == {0, 1, 2, 3}
+    assert {line["layer"] for line in lines} == set(range(6))
     table = mplus("stats", "--tokens").stdout.splitlines()
     assert table[0].startswith(f"20 of {len(lines):,} memory tokens")
     assert table[1].split() == ["layer", "place", "injection", "step", "slot", "birth", "age"]
@@ -278,7 +278,7 @@ def test_chat_as_json_is_one_object_per_line(mplus: Run) -> None:
     assert stats["stats"]["num_waiting_messages"] == 2
     assert "note" in flush["flush"]
     assert second["message"] == "And again"
-    assert "random weights" not in result.stderr
+    assert "simple English" not in result.stderr
 
 
 def test_chat_streams_what_it_remembers(mplus: Run) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from mplus_agents import Agent
 from mplus_agents.evaluation.settings import RetentionSettings
-from tests.engine.engines import prose
+from tests.engine.engines import TINY, prose
 
 
 def prose_file(folder: Path, num_words: int = 3_000) -> str:
@@ -27,6 +27,7 @@ def small_settings(folder: Path, **changes: Any) -> RetentionSettings:
         "max_new_tokens": 4,
         "prose": prose_file(folder),
         "device": "cpu",
+        "model": str(TINY),
     }
     return RetentionSettings(**{**values, **changes})
 

@@ -11,7 +11,7 @@ import pytest
 from mplus_agents.errors import InvalidInputError
 from mplus_agents.evaluation.datasets import QAExample, load_distractors, load_examples
 from mplus_agents.evaluation.qa import QASettings, run_qa
-from tests.engine.engines import prose, tiny_codec
+from tests.engine.engines import TINY, prose, tiny_codec
 
 _LONG = "the great blue ferry on the long and winding river under the index"
 
@@ -147,7 +147,7 @@ def test_wrong_lines_and_missing_files_are_refused(tmp_path: Path, squad: Path) 
 
 def test_a_run_asks_after_every_step(squad: Path, distractors: Path) -> None:
     settings = QASettings(
-        "squad", str(squad), str(distractors), episodes=2, steps=(0, 2), max_new_tokens=2, device="cpu"
+        "squad", str(squad), str(distractors), str(TINY), episodes=2, steps=(0, 2), max_new_tokens=2, device="cpu"
     )
     done: list[tuple[int, int]] = []
     result = run_qa(settings, on_progress=lambda step, total: done.append((step, total)))
@@ -162,6 +162,6 @@ def test_a_run_asks_after_every_step(squad: Path, distractors: Path) -> None:
 
 def test_too_few_distractors_are_refused(squad: Path, distractors: Path) -> None:
     with pytest.raises(InvalidInputError, match="distractors is '5 contexts'; allowed: a file with more than 10"):
-        run_qa(QASettings("squad", str(squad), str(distractors), steps=(9,), device="cpu"))
+        run_qa(QASettings("squad", str(squad), str(distractors), str(TINY), steps=(9,), device="cpu"))
     with pytest.raises(InvalidInputError, match="steps is \\(1, 1\\)"):
         QASettings("squad", "a", "b", steps=(1, 1))

@@ -17,7 +17,7 @@ from mplus_agents.evaluation.report import Result
 from mplus_agents.evaluation.retention import plan_of, run_retention, run_stream
 from mplus_agents.evaluation.settings import RetentionSettings
 from mplus_agents.evaluation.stream import CONDITIONS
-from tests.engine.engines import engine, prose
+from tests.engine.engines import TINY, engine, prose
 from tests.evaluation.runs import Injected, injections_of, small_settings
 
 
@@ -101,7 +101,7 @@ def test_prose_that_is_too_short_is_read_again_and_said_to_be(spy: Spy, tmp_path
 def test_shares_in_theta_are_those_of_random_dropping(tmp_path: Path) -> None:
     settings = small_settings(tmp_path, distances=(0, 6, 40), max_new_tokens=1, episodes=2, streams=1)
     outcome = run_stream(settings, 0)
-    memory = load("mplus-tiny", "cpu").model.config.memory
+    memory = load(str(TINY), "cpu").model.config.memory
     shares = {distance: outcome.in_theta[distance] / outcome.written[distance] for distance in outcome.written}
     assert shares[0] == 1
     # Three injections of facts and 40 of prose; nothing is dropped until θ is full.
@@ -118,7 +118,7 @@ def test_full_context_is_the_text_in_the_prompt(spy: Spy, tmp_path: Path) -> Non
     run_stream(settings, 0)
     plan = plan_of(settings, 0)
     full_context = spy.answers[6:8]
-    loaded = load("mplus-tiny", "cpu")
+    loaded = load(str(TINY), "cpu")
     with engine(tmp_path / "other.db", loaded.model, loaded.codec) as mplus:
         agent = mplus.agent("reader")
         agent.remember(plan.steps[0].tellings[0].text)
@@ -131,7 +131,7 @@ def test_full_context_is_the_text_in_the_prompt(spy: Spy, tmp_path: Path) -> Non
 
 
 def test_full_context_has_points_only_while_all_of_it_fits(tmp_path: Path) -> None:
-    config = load("mplus-tiny", "cpu").model.config
+    config = load(str(TINY), "cpu").model.config
     far = config.max_prompt_tokens // config.chunk_tokens + 3
     result = run_retention(small_settings(tmp_path, distances=(0, 1, far), episodes=2, max_new_tokens=1))
     found: dict[str, set[int]] = defaultdict(set)
@@ -151,7 +151,7 @@ def test_both_counts_are_in_the_result_and_files_can_be_saved_as_it_goes(tmp_pat
     assert sum(steps) == 2 * settings.num_prose_chunks == 12
     assert {point.episodes for point in result.points} == {3}
     assert {point.episodes for point in seen[0].points} == {2}
-    assert result.weights["weights"] == load("mplus-tiny", "cpu").model.fingerprint["weights"]
+    assert result.weights["weights"] == load(str(TINY), "cpu").model.fingerprint["weights"]
 
 
 def test_equal_settings_give_equal_results(tmp_path: Path, spy: Spy) -> None:
@@ -172,7 +172,7 @@ def test_workers_give_the_same_result(tmp_path: Path) -> None:
 
 
 def test_the_number_retrieved_can_be_another(tmp_path: Path, spy: Spy) -> None:
-    loaded = load("mplus-tiny", "cpu", 5)
+    loaded = load(str(TINY), "cpu", 5)
     sizes: list[int] = []
     decode = loaded.model.forward_cached
 
@@ -250,7 +250,7 @@ def test_defaults_ask_for_what_the_project_promises() -> None:
 def test_the_temporary_database_is_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     urls = []
-    with load("mplus-tiny", "cpu").open() as mplus:
+    with load(str(TINY), "cpu").open() as mplus:
         assert isinstance(mplus, MPlus)
         urls.append(mplus.store.url)
         assert len(list(tmp_path.iterdir())) == 1

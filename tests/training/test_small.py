@@ -32,7 +32,7 @@ def test_steps_of_every_kind_train_what_they_use(kind: StepKind, device: str) ->
     network, recipe = small_recipe(kind, device, num_chunks=8)
     for step in range(4):
         loss, metrics = recipe.loss(step)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         assert loss.isfinite()
         assert metrics
     moved = {

@@ -18,21 +18,21 @@ from mplus_agents.engine.text import TextCodec
 from mplus_agents.model import MPlusModel
 from mplus_agents.store import EventRecord, Store
 
+# Random weights talk until they are stopped, and never say the same of two memories: what tests of plumbing want.
+_RANDOM = Path(__file__).parents[3] / "tests" / "fixtures" / "random"
 _PREFIXES = {"user": "Human: ", "assistant": "AI: "}
 
 
 @cache
-def _tiny() -> tuple[MPlusModel, TextCodec]:
-    model = MPlusModel.from_pretrained("mplus-tiny", "cpu")
-    assert model.source is not None
-    return model, TextCodec.from_pretrained(model.source)
+def _random() -> tuple[MPlusModel, TextCodec]:
+    return MPlusModel.from_pretrained(_RANDOM, "cpu"), TextCodec.from_pretrained(_RANDOM)
 
 
 @contextmanager
 def engine(path: Path) -> Iterator[MPlus]:
     """Open an engine on a database file, as another process would; the weights are loaded once."""
     with Store(f"sqlite:///{path}") as store:
-        yield MPlus(*_tiny(), store, "mplus-tiny")
+        yield MPlus(*_random(), store, "random")
 
 
 def conversation(llm: Any, memory: Any, **fields: Any) -> ConversationChain:

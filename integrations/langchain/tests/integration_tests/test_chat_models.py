@@ -72,7 +72,7 @@ def test_answer_is_the_agents_own(two: dict[str, Agent], answers: dict[str, str]
         "total_tokens": expected.num_prompt_tokens + expected.num_new_tokens,
     }
     assert {key: result.response_metadata[key] for key in ("model_name", "model_provider", "finish_reason")} == {
-        "model_name": "mplus-tiny",
+        "model_name": "random",
         "model_provider": "mplus",
         "finish_reason": expected.finish_reason,
     }
@@ -93,7 +93,7 @@ def test_streamed_pieces_join_to_the_answer(two: dict[str, Agent], answers: dict
     assert "".join(chunk.text for chunk in chunks) == answers["alice"]
     assert [chunk.chunk_position for chunk in chunks] == [*[None] * (len(chunks) - 1), "last"]
     assert [bool(chunk.usage_metadata) for chunk in chunks] == [*[False] * (len(chunks) - 1), True]
-    assert chunks[-1].response_metadata["model_name"] == "mplus-tiny"
+    assert chunks[-1].response_metadata["model_name"] == "random"
     whole = chunks[0]
     for chunk in chunks[1:]:
         whole += chunk
@@ -196,7 +196,7 @@ def test_options_of_constructor_and_call(two: dict[str, Agent], answers: dict[st
     [
         ({}, {"nonsense": 1}, "keyword argument is 'nonsense'"),
         ({}, {"tools": []}, "keyword argument is 'tools'"),
-        ({}, {"model": "mplus-8b"}, "model is 'mplus-8b'; allowed: 'mplus-tiny'"),
+        ({}, {"model": "mplus-8b"}, "model is 'mplus-8b'; allowed: 'random'"),
         ({"top_p": 0.5}, {}, "temperature is None; allowed: above 0 with top_p"),
         ({"top_k": 5}, {"temperature": 0}, "temperature is 0; allowed: above 0 with top_k"),
         ({}, {"temperature": -1}, "temperature is -1"),
@@ -230,7 +230,7 @@ def test_agent_excludes_another_place(alice: Agent) -> None:
         ChatMPlus(agent=alice, store="sqlite://")
     with pytest.raises(ValidationError, match="model is 'mplus-8b'"):
         ChatMPlus(agent=alice, model="mplus-8b")
-    assert ChatMPlus(agent=alice, model="mplus-tiny", namespace="default").open_agent() is alice
+    assert ChatMPlus(agent=alice, model="random", namespace="default").open_agent() is alice
 
 
 def test_prompts_that_cannot_be_answered(alice: Agent) -> None:
