@@ -147,14 +147,14 @@ def remember_and_prove(store: str, saved: Path) -> int:
 def question_and_compare(agent: Agent) -> None:
     """Ask for what was told before the book was read, with the long-term memory Θ and without it."""
     table = Table("question", "answer from memory", "the same with Θ off", box=None, pad_edge=False, header_style="dim")
-    num_right = 0
+    num_right = [0, 0]
     for question, expected in QUESTIONS.items():
         answers = [agent.ask(question, max_new_tokens=24, long_term=way).strip() for way in ("retrieved", "off")]
-        num_right += answers[0] == expected
+        num_right = [count + (answer == expected) for count, answer in zip(num_right, answers, strict=True)]
         marked = [mark(answer, answer == expected, width) for answer, width in zip(answers, (30, 20), strict=True)]
         table.add_row(question, *marked)
     console.print(table)
-    console.print(f"{num_right} of {len(QUESTIONS)} answers from memory are right (green).")
+    console.print(f"{num_right[0]} of {len(QUESTIONS)} answers from memory are right, {num_right[1]} with Θ off.")
 
 
 def mark(answer: str, is_right: bool, max_chars: int) -> Text:

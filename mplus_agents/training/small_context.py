@@ -154,5 +154,7 @@ class ContextTasks:
 
 
 def _latest_answer(question: Question, tellers: Mapping[Any, Mapping[int, Fact]]) -> str:
+    if question.reply is not None:
+        return question.reply
     told = tellers.get(question.key)
     return told[max(told)].answer() if told else UNKNOWN_ANSWER

@@ -58,7 +58,7 @@ def check_demo(output: str) -> None:
     assert saved is not None
     assert restored is not None
     assert saved[1] == restored[1]
-    assert "5 of 5 answers from memory are right" in output
+    assert "5 of 5 answers from memory are right, 0 with Θ off" in output
 
 
 def test_demo_on_a_part_of_the_text(tmp_path: Path) -> None:

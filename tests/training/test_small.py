@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from mplus_agents.engine.prompts import Prompt
 from mplus_agents.errors import ConfigError
 from mplus_agents.training.build import build_network
-from mplus_agents.training.episodes import EpisodeSource
+from mplus_agents.training.episodes import ACKNOWLEDGEMENT, EpisodeSource
 from mplus_agents.training.small import SmallRecipe
 from mplus_agents.training.small_stage import SmallStage, StepKind
 from tests.training.stages import stage
@@ -42,6 +43,20 @@ def test_steps_of_every_kind_train_what_they_use(kind: StepKind, device: str) ->
     assert "decoder.lm_head.weight" in moved
     assert ("new_memory_positional_emb" in moved) == writes
     assert any(name.startswith("retrievers.") for name in moved) == retrieves
+
+
+def test_a_fact_told_after_text_in_the_prompt_is_acknowledged(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, recipe = small_recipe("long_term", "cpu", num_chunks=8)
+    recipe._source.chat_share = 1.0  # as a memory step leaves it; every turn tells something now
+    answers: list[str] = []
+
+    def collect(rows: list[list[tuple[Prompt, str]]], lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        answers.extend(answer for row in rows for _, answer in row)
+        return torch.zeros(()), torch.ones(1)
+
+    monkeypatch.setattr(recipe._context, "_answer_in_context", collect)
+    recipe._context.context(2)
+    assert set(answers) == {ACKNOWLEDGEMENT}
 
 
 def test_fewer_tokens_in_a_step_than_are_retrieved_are_refused() -> None:
