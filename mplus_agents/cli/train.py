@@ -57,7 +57,7 @@ def train(
 
       [dim]$[/] mplus train tiny --dry-run
       [dim]$[/] mplus train tiny --output runs/tiny
-      [dim]$[/] mplus ask "Where does Maya live?" --model runs/tiny/6-long-term/model
+      [dim]$[/] mplus ask "Where does Maya live?" --model runs/tiny/7-more-tokens/model
     """
     _require_packages()
     from mplus_agents.training.stage_files import find_stages, load_stage

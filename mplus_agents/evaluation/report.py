@@ -29,7 +29,7 @@ class Point(_Record):
         accuracy: Share of answers that are right as a whole.
         episodes: Questions asked.
         contains: Share of answers in which the right value stands.
-        unknown: Share of answers that say "I do not know."
+        unknown: Share of answers that say that the answer is not known.
         superseded: Share of answers that were right before the fact was told again; None if facts are told once.
     """
 

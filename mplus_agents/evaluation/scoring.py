@@ -7,9 +7,10 @@ import string
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from mplus_agents.language import UNKNOWN_ANSWER
+from mplus_agents.language import NOT_KNOWN
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
+_UNKNOWN_PHRASES = (NOT_KNOWN, "do not know", "don't know")
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
@@ -51,6 +52,15 @@ def normalize(text: str) -> str:
     return collapse(_ARTICLES.sub(" ", text.lower().translate(_NO_PUNCTUATION)))
 
 
+def says_unknown(answer: str) -> bool:
+    """Tell whether an answer says that the answer is not known, as mplus-tiny or as other models put it.
+
+    Args:
+        answer: What was answered.
+    """
+    return any(does_contain(answer, phrase) for phrase in _UNKNOWN_PHRASES)
+
+
 @dataclass(frozen=True, slots=True)
 class Score:
     """What is counted about one answer.
@@ -58,7 +68,7 @@ class Score:
     Attributes:
         is_correct: It is the right answer as a whole.
         has_value: The right value stands in it.
-        is_unknown: It says "I do not know."
+        is_unknown: It says that the answer is not known.
         is_superseded: It is the answer that was right before the fact was told again with another value.
     """
 
@@ -80,7 +90,7 @@ def score(answer: str, expected: str, value: str, old: str | None = None) -> Sco
     return Score(
         is_match(answer, expected),
         does_contain(answer, value),
-        is_match(answer, UNKNOWN_ANSWER),
+        says_unknown(answer),
         old is not None and is_match(answer, old),
     )
 
@@ -97,5 +107,5 @@ def score_short(answer: str, accepted: Iterable[str]) -> Score:
     return Score(
         given in wanted,
         any(does_contain(given, text) for text in wanted),
-        is_match(answer, UNKNOWN_ANSWER),
+        says_unknown(answer),
     )

@@ -11,7 +11,7 @@ from mplus_agents.engine import Message
 from mplus_agents.engine.prompts import write_turn
 from mplus_agents.engine.text import TextCodec
 from mplus_agents.errors import InvalidInputError
-from mplus_agents.language import RELATIONS, UNKNOWN_ANSWER, USER, Fact, draw_facts, draw_name
+from mplus_agents.language import NOT_KNOWN, RELATIONS, USER, Fact, draw_facts, draw_name
 
 Condition = Literal["plain", "own", "updated", "unknown", "value_first"]
 CONDITIONS: tuple[str, ...] = get_args(Condition)
@@ -292,7 +292,8 @@ class _Planner:
     ) -> Iterator[Question]:
         for place, fact in enumerate(facts[: asked[distance]]):
             if self._condition == "unknown":
-                yield Question(distance, self._never_told(fact, place).ask(self._rng), UNKNOWN_ANSWER, UNKNOWN_ANSWER)
+                asked = self._never_told(fact, place)
+                yield Question(distance, asked.ask(self._rng), asked.unknown_answer(), NOT_KNOWN)
                 continue
             before = old[fact.key].answer() if fact.key in old else None
             yield Question(distance, fact.ask(self._rng), fact.answer(), fact.value, before)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 
 from mplus_agents.language.relations import RELATIONS, Relation
 from mplus_agents.language.words import USER, Split, draw_name
 
-UNKNOWN_ANSWER = "I do not know."
+# It stands where the value would: only when the value is looked for does it show that there is none.
+NOT_KNOWN = "not known to me"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +52,10 @@ class Fact:
         """Answer with the value."""
         form = self.relation.own_answer if self.is_own else self.relation.answer
         return form.format(p=self.person, v=self.value)
+
+    def unknown_answer(self) -> str:
+        """Answer that the value was never told."""
+        return replace(self, value=NOT_KNOWN).answer()
 
 
 def draw_facts(

@@ -12,7 +12,9 @@ from os import PathLike
 from pathlib import Path
 
 from huggingface_hub import save_torch_state_dict
+from transformers import PretrainedConfig
 
+from mplus_agents.config import MPlusConfig
 from mplus_agents.errors import CheckpointError
 from mplus_agents.model.base import state_tensors
 from mplus_agents.model.checkpoint import CONFIG_KEY, PUBLISHED_KEYS, CheckpointFiles
@@ -53,14 +55,21 @@ def save_model(model: MPlusModel, folder: str | PathLike[str]) -> None:
     if model.decoder.generation_config is not None:
         model.decoder.generation_config.save_pretrained(str(target))
     # The config last: without it the folder is no checkpoint, so an interrupted save cannot be loaded by mistake.
-    (target / "config.json").write_text(json.dumps(_config(model), indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_config(target, model.decoder.config, model.config)
 
 
-def _config(model: MPlusModel) -> dict[str, object]:
-    values = {key: value for key, value in model.decoder.config.to_dict().items() if key not in PUBLISHED_KEYS}
-    values["architectures"] = [type(model).__name__]
-    values[CONFIG_KEY] = model.config.to_dict()
-    return values
+def write_config(folder: Path, decoder_config: PretrainedConfig, config: MPlusConfig) -> None:
+    """Write `config.json` in the package's own format, without the place that the decoder was loaded from.
+
+    Args:
+        folder: The folder of the checkpoint.
+        decoder_config: The decoder's.
+        config: What the memory is.
+    """
+    left_out = {*PUBLISHED_KEYS, "_name_or_path"}
+    values = {key: value for key, value in decoder_config.to_dict().items() if key not in left_out}
+    values |= {"architectures": ["MPlusModel"], CONFIG_KEY: config.to_dict()}
+    (folder / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _copy_tensors(source: CheckpointFiles, target: Path) -> None:

@@ -283,12 +283,13 @@ def adapt_network(network: TrainableMPlus, start: Start) -> None:
         ConfigError: Sizes do not fit.
     """
     before, config = network.config, start.memory.apply(network.config)
-    fixed = ("retrieval_dim", "tokens_per_injection")
-    changed = [name for name in fixed if getattr(before.memory, name) != getattr(config.memory, name)]
     gets_retriever = config.memory.has_long_term and not before.memory.has_long_term
-    if changed and not (gets_retriever and changed == ["retrieval_dim"]):
-        given, kept = getattr(config.memory, changed[0]), getattr(before.memory, changed[0])
-        raise ConfigError(f"model.start.memory.{changed[0]} is {given}; allowed: {kept}, as the stage before had")
+    given, kept = config.memory.retrieval_dim, before.memory.retrieval_dim
+    if given != kept and not gets_retriever:
+        raise ConfigError(f"model.start.memory.retrieval_dim is {given}; allowed: {kept}, as the stage before had")
+    given, kept = config.memory.tokens_per_injection, before.memory.tokens_per_injection
+    if given < kept:  # births of the tokens that pools hand on count injections of this size
+        raise ConfigError(f"model.start.memory.tokens_per_injection is {given}; allowed: {kept} or more, as before")
     network.config = config
     if gets_retriever:
         with torch.device(network.bos_embedding.device):

@@ -27,8 +27,8 @@ _PROSE_CHUNKS = 0.22  # shares; found by trying, they are not critical
 _DIALOGUES = 0.35
 _OWN_FACTS = 0.4  # of dialogues
 _DENSE = 0.3
-_UPDATES = 0.10
-_UNKNOWN = 0.08
+_UPDATES = 0.25
+_UNKNOWN = 0.12
 _TOLD_IN_WINDOW = 3.0  # times `chat_share`, of the prompts with text in front
 Key = tuple[str, str]
 
@@ -56,6 +56,7 @@ class Question:
         answers: Answer by the chunk that holds it (several if the fact was told again with another value); empty if
             nobody told it.
         prompt: The prompt.
+        unknown: The answer if nobody told it.
         reply: The answer, if none of the chunks holds it but the prompt itself; None otherwise.
     """
 
@@ -63,6 +64,7 @@ class Question:
     key: Key
     answers: dict[int, str]
     prompt: Prompt
+    unknown: str
     reply: str | None = None
 
 
@@ -176,7 +178,12 @@ class EpisodeSource:
         return ids
 
     def draw_questions(
-        self, chunks: Sequence[Chunk], chunk_idx: int, tellers: Mapping[Key, Mapping[int, Fact]], num_questions: int
+        self,
+        chunks: Sequence[Chunk],
+        chunk_idx: int,
+        tellers: Mapping[Key, Mapping[int, Fact]],
+        num_questions: int,
+        long: bool = False,
     ) -> list[Question]:
         """Ask about different facts of a chunk, as many as it tells at most.
 
@@ -185,43 +192,33 @@ class EpisodeSource:
             chunk_idx: The chunk to ask about; it tells at least one fact.
             tellers: For everything told in the world, which chunks tell it.
             num_questions: Most questions.
+            long: Whether there is much text in front of each.
         """
         facts = chunks[chunk_idx].facts
         asked = self.rng.sample(facts, min(num_questions, len(facts)))
-        return [self._ask(fact, chunk_idx, tellers, long=False) for fact in asked]
-
-    def draw_question(
-        self, chunks: Sequence[Chunk], chunk_idx: int, tellers: Mapping[Key, Mapping[int, Fact]], long: bool
-    ) -> Question:
-        """Ask about a chunk.
-
-        Args:
-            chunks: All chunks of the world.
-            chunk_idx: The chunk to ask about; it tells at least one fact.
-            tellers: For everything told in the world, which chunks tell it.
-            long: Whether there is much text in front of the question.
-        """
-        return self._ask(self.rng.choice(chunks[chunk_idx].facts), chunk_idx, tellers, long)
+        return [self._ask(fact, chunk_idx, tellers, long) for fact in asked]
 
     def _ask(self, fact: Fact, chunk_idx: int, tellers: Mapping[Key, Mapping[int, Fact]], long: bool) -> Question:
         rng = self.rng
         if self.chat_share and rng.random() < self.chat_share:
             told = draw_facts(rng, 1, "training", own=rng.random() < 0.5, common=self.common)[0]
             prompt = self._prompt(told.state(rng), long, told.key)
-            return Question(chunk_idx, told.key, {}, prompt, ACKNOWLEDGEMENT)
+            return Question(chunk_idx, told.key, {}, prompt, told.unknown_answer(), ACKNOWLEDGEMENT)
         if self.chat_share and long and rng.random() < _TOLD_IN_WINDOW * self.chat_share:
             told = Fact(fact.person, fact.relation, fact.relation.draw_value(rng, "training", self.common))
             prompt = self._prompt_after(told.ask(rng), self._turns(told.key, told), is_needed=True)
-            return Question(chunk_idx, told.key, {}, prompt, told.answer())
+            return Question(chunk_idx, told.key, {}, prompt, told.unknown_answer(), told.answer())
         if rng.random() < _UNKNOWN:
             person = draw_name(rng, "training", common=0.0) if rng.random() < 0.3 else fact.person
             kinds = [kind for kind in RELATIONS if (person, kind.name) not in tellers]
             if kinds:
                 asked = Fact(person, rng.choice(kinds), "")
-                return Question(chunk_idx, asked.key, {}, self._prompt(asked.ask(rng), long, asked.key))
+                prompt = self._prompt(asked.ask(rng), long, asked.key)
+                return Question(chunk_idx, asked.key, {}, prompt, asked.unknown_answer())
         near = {chunk_idx, chunk_idx - 1, chunk_idx + 1}  # where an update may be
         answers = {place: other.answer() for place, other in tellers[fact.key].items() if place in near}
-        return Question(chunk_idx, fact.key, answers, self._prompt(fact.ask(rng), long, fact.key))
+        prompt = self._prompt(fact.ask(rng), long, fact.key)
+        return Question(chunk_idx, fact.key, answers, prompt, fact.unknown_answer())
 
     def _prompt(self, question: str, long: bool, key: Key) -> Prompt:
         rng = self.rng

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -14,10 +13,11 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from mplus_agents.config import MPlusConfig
 from mplus_agents.engine.text import TextCodec
 from mplus_agents.errors import CheckpointError
-from mplus_agents.model.checkpoint import CONFIG_KEY, PUBLISHED_KEYS, CheckpointFiles
+from mplus_agents.model.checkpoint import CONFIG_KEY, CheckpointFiles
 from mplus_agents.model.layout import expected_tensors, retriever_prefix
 from mplus_agents.model.loading import finish_rotary, read_decoder_config
 from mplus_agents.model.retriever import LayerRetriever
+from mplus_agents.model.saving import write_config
 from mplus_agents.training.network import TrainableMPlus
 
 _MODEL = "model"
@@ -76,10 +76,8 @@ def save_network(
     if isinstance(decoder.generation_config, GenerationConfig):
         decoder.generation_config.save_pretrained(str(folder))
     cast(Any, codec.tokenizer).save_pretrained(str(folder))
-    values = {key: value for key, value in decoder.config.to_dict().items() if key not in PUBLISHED_KEYS}
-    values |= {"architectures": ["MPlusModel"], CONFIG_KEY: network.config.to_dict()}
     # The config last: without it the folder is no checkpoint.
-    (folder / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_config(folder, decoder.config, network.config)
 
 
 def load_network(folder: Path, adapter_dropout: float = 0.0) -> tuple[TrainableMPlus, TextCodec]:

@@ -8,13 +8,14 @@ from typing import Any, cast
 import torch
 
 from mplus_agents.engine.prompts import Prompt
-from mplus_agents.language import RELATIONS, UNKNOWN_ANSWER, Fact, draw_name
+from mplus_agents.language import RELATIONS, Fact, draw_name
 from mplus_agents.training.episodes import EpisodeSource, Question, batch_prompts, find_tellers
 from mplus_agents.training.network import LayerPrefix, TrainableMPlus
 from mplus_agents.training.objectives import answer_loss
 from mplus_agents.training.small_metrics import exact_answers
 
 NUM_TURNS = 3  # questions about one chunk in a row
+_ASKED_CHUNKS = 4  # of a prompt with several
 _NUM_ROWS = 64
 _TEXT_WEIGHT = 0.1
 _EASY_FORMS = ("{p}", "{p}", "{p} is", "The one of {p} is", "{p} has")
@@ -128,7 +129,8 @@ class ContextTasks:
             if not told:
                 continue
             tellers = find_tellers(chunks)
-            questions = source.draw_questions(chunks, rng.choice(told), tellers, NUM_TURNS)
+            asked = rng.sample(told, min(_ASKED_CHUNKS, len(told)))
+            questions = [item for place in asked for item in source.draw_questions(chunks, place, tellers, NUM_TURNS)]
             text = [*(token for chunk in chunks for token in chunk.ids), *new_lines]
             first, *others = [(question.prompt, _latest_answer(question, tellers)) for question in questions]
             with_text = Prompt([*text, *first[0].ids], [False] * len(text) + first[0].is_query, ())
@@ -157,4 +159,4 @@ def _latest_answer(question: Question, tellers: Mapping[Any, Mapping[int, Fact]]
     if question.reply is not None:
         return question.reply
     told = tellers.get(question.key)
-    return told[max(told)].answer() if told else UNKNOWN_ANSWER
+    return told[max(told)].answer() if told else question.unknown

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from random import Random
 from typing import Any, cast
 
 import torch
 
+from mplus_agents.engine.prompts import Prompt
 from mplus_agents.errors import ConfigError
-from mplus_agents.language import UNKNOWN_ANSWER, Fact, relation
+from mplus_agents.language import Fact, relation
 from mplus_agents.training.episodes import Chunk, EpisodeSource, Question, batch_prompts, find_tellers
 from mplus_agents.training.network import TrainableMPlus
 from mplus_agents.training.objectives import RetrieverLoss, RetrieverObjective, answer_loss
@@ -22,6 +25,8 @@ _FIRST_WRITES = 0.06  # share of the steps that write into an empty memory
 _LEVELS = (1, 2, 4, 8)  # chunks in θ, while writing is learned
 _NEXT_LEVEL_AT = 0.65
 _K0_SHARES = (1, 1, 0.5, 0.75, 1.5)  # other K0 than the model's are read too
+_MEMORY_TURNS = 2  # questions in a row that reads memory: the second one sees what was retrieved for the first
+_SOON_AGAIN = 0.5  # of the facts told twice, how many are told again within three chunks
 _MEAN_AGE = 6.0  # of facts that are asked for while they are young
 
 
@@ -99,7 +104,7 @@ class MemoryTasks:
         lengths = torch.tensor(sizes)[torch.randint(max(0, most - 2), most + 1, (len(told),))]
         ages = draw_histories(allowed, torch.tensor(told), (torch.rand(len(told)) * lengths).long(), lengths)
         rows = [
-            [(question.prompt, question.answers.get(place, UNKNOWN_ANSWER)) for question in questions]
+            [(question.prompt, question.answers.get(place, question.unknown)) for question in questions]
             for place, questions in zip(told, asked, strict=True)
         ]
         batch = batch_prompts(self._source.codec, rows, self._end_id).to(pool[0].device)
@@ -131,15 +136,13 @@ class MemoryTasks:
         num_rows = stage.num_questions // (3 if is_long else 1)
         tellers = find_tellers(chunks)
         self._source.chat_share = stage.chat_share
-        questions = [self._source.draw_question(chunks, rng.choice(told), tellers, is_long) for _ in range(num_rows)]
-        histories = self._histories(questions, tellers, len(chunks))
-        holders = [_newest(question, ages) for question, ages in zip(questions, histories.ages.tolist(), strict=True)]
-        answers = [
-            question.reply or (question.answers[holder] if holder >= 0 else UNKNOWN_ANSWER)
-            for question, holder in zip(questions, holders, strict=True)
-        ]
-        rows = [[(question.prompt, answer)] for question, answer in zip(questions, answers, strict=True)]
-        batch = batch_prompts(self._source.codec, rows, self._end_id).to(pool[0].device)
+        most = 1 if is_long else _MEMORY_TURNS
+        asked = [self._source.draw_questions(chunks, rng.choice(told), tellers, most, is_long) for _ in range(num_rows)]
+        histories = self._histories(asked, tellers, len(chunks))
+        questions = [row[0] for row in asked]
+        ages = histories.ages.tolist()
+        holders = [_newest(question, past) for question, past in zip(questions, ages, strict=True)]
+        batch = batch_prompts(self._source.codec, _rows(asked, ages), self._end_id).to(pool[0].device)
         theta = draw_theta(histories.ages, memory.num_layers, memory)
         holder = torch.tensor(holders)
         per_chunk = memory.tokens_per_injection
@@ -148,7 +151,7 @@ class MemoryTasks:
         retriever_loss = RetrieverLoss(positives.to(pool[0].device), self._objective, self._detach)
         share = rng.choice(_K0_SHARES)
         num_retrieved = int(share * memory.num_retrieved) if stage.kind == "long_term" else 0
-        is_helped = torch.rand(len(rows)) < help_share
+        is_helped = torch.rand(len(asked)) < help_share
         reading = WorldMemory(
             self._network,
             pool,
@@ -162,7 +165,7 @@ class MemoryTasks:
         hidden = self._network.read(batch.input_ids, reading)
         logits = self._network.logits(hidden[batch.targets >= 0])
         loss = answer_loss(logits, batch.targets[batch.targets >= 0])
-        exact = exact_answers(logits, batch)
+        exact = exact_answers(logits, batch)[_first_turns(asked)]
         metrics = accuracy_by_kind(exact, questions, holder, histories)
         metrics["answer"] = loss.item()
         metrics["retriever"] = retriever_loss.total().item()
@@ -198,13 +201,15 @@ class MemoryTasks:
             self._queue = [(chunks, kept.flatten(1, 2)), *self._queue][: stage.queue_steps]
         return world, pool
 
-    def _histories(self, questions: Sequence[Question], tellers: Any, num_chunks: int) -> Histories:
-        stage, memory, num_rows = self._stage, self._network.config.memory, len(questions)
+    def _histories(self, asked: Sequence[Sequence[Question]], tellers: Any, num_chunks: int) -> Histories:
+        stage, memory, num_rows = self._stage, self._network.config.memory, len(asked)
         allowed = torch.ones(num_rows, num_chunks, dtype=torch.bool)
-        for row, question in enumerate(questions):
-            for chunk in tellers.get(question.key, ()):
-                allowed[row, chunk] = chunk in question.answers
-        targets = torch.tensor([question.chunk if question.answers else -1 for question in questions])
+        for row, questions in enumerate(asked):
+            for question in questions:
+                for chunk in tellers.get(question.key, ()):
+                    allowed[row, chunk] &= chunk in question.answers
+        firsts = [questions[0] for questions in asked]
+        targets = torch.tensor([question.chunk if question.answers else -1 for question in firsts])
         full = memory.max_short_term // memory.tokens_per_injection
         has_long_term = torch.zeros(num_rows, dtype=torch.bool)
         near = (
@@ -224,7 +229,27 @@ class MemoryTasks:
             ages = torch.where(has_long_term, ages, ages.clamp(max=10))
         lengths = torch.minimum(lengths, most)
         ages = torch.minimum(ages, lengths - 1)
-        return Histories(draw_histories(allowed, targets, ages, lengths), has_long_term)
+        drawn = draw_histories(allowed, targets, ages, lengths)
+        for row, question in enumerate(firsts):
+            if len(question.answers) > 1 and self._source.rng.random() < _SOON_AGAIN:
+                other = self._source.rng.choice([chunk for chunk in question.answers if chunk != question.chunk])
+                bring_together(drawn[row], question.chunk, other, self._source.rng)
+        return Histories(drawn, has_long_term)
+
+
+def bring_together(ages: torch.Tensor, chunk: int, other: int, rng: Random) -> None:
+    """Let another chunk change places with one that stands close to a chunk; with nobody if the place is outside.
+
+    Args:
+        ages: [c] int64, −1 for a chunk outside this past; changed in place.
+        chunk: The chunk.
+        other: The other one.
+        rng: Where randomness comes from.
+    """
+    wanted = int(ages[chunk]) + rng.choice((-3, -2, -1, -1, 1, 1, 2, 3))
+    there = (ages == wanted).nonzero()
+    if wanted >= 0 and len(there):
+        ages[there[0, 0]], ages[other] = int(ages[other]), wanted
 
 
 def _to_plain(chunk: Chunk) -> list[Any]:
@@ -234,6 +259,25 @@ def _to_plain(chunk: Chunk) -> list[Any]:
 def _from_plain(values: Sequence[Any]) -> Chunk:
     ids, facts = values
     return Chunk(ids, [Fact(person, relation(name), value) for person, name, value in facts])
+
+
+def _rows(asked: Sequence[Sequence[Question]], ages: Sequence[Sequence[int]]) -> list[list[tuple[Prompt, str]]]:
+    """Give every question the answer that holds in its past; the first one of a row alone queries Θ."""
+    rows = []
+    for questions, past in zip(asked, ages, strict=True):
+        row: list[tuple[Prompt, str]] = []
+        for question in questions:
+            holder = _newest(question, past)
+            answer = question.reply or (question.answers[holder] if holder >= 0 else question.unknown)
+            ids = question.prompt.ids
+            row.append((Prompt(ids, [False] * len(ids), ()) if row else question.prompt, answer))
+        rows.append(row)
+    return rows
+
+
+def _first_turns(asked: Sequence[Sequence[Question]]) -> list[int]:
+    """Return the place of each row's first question among all."""
+    return [0, *accumulate(len(questions) for questions in asked)][:-1]
 
 
 def _newest(question: Question, ages: Sequence[int]) -> int:

@@ -20,7 +20,10 @@ _RIGHT = "Maya lives in Oslo."
         ("Maya lives in Oslo. Question:", Score(False, True, False)),
         ("Maya lives in Oslofjord.", Score(False, False, False)),
         ("Maya lives in Bergen.", Score(False, False, False, True)),
+        ("The home of Maya is not known to me.", Score(False, False, True)),
         ("I do not know.", Score(False, False, True)),
+        ("Sorry, I don't know that.", Score(False, False, True)),
+        ("It is not well known to me.", Score(False, False, False)),
         ("", Score(False, False, False)),
     ],
 )

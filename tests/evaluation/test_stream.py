@@ -10,7 +10,7 @@ import pytest
 from mplus_agents.engine.prompts import write_turn
 from mplus_agents.errors import InvalidInputError
 from mplus_agents.evaluation.stream import CONDITIONS, ChunkSizes, Condition, Prose, StreamPlan, plan_stream
-from mplus_agents.language import UNKNOWN_ANSWER
+from mplus_agents.language import NOT_KNOWN
 from tests.engine.engines import prose, tiny_codec
 
 _ASKED = {0: 2, 1: 2, 2: 1, 9: 2}
@@ -85,9 +85,11 @@ def test_never_told_is_never_told() -> None:
         told = " ".join(text for text in timeline(planned) if text)
         strangers = 0
         for question in planned.questions:
-            assert (question.answer, question.value) == (UNKNOWN_ANSWER, UNKNOWN_ANSWER)
+            assert question.value == NOT_KNOWN
+            assert question.answer.endswith(" is not known to me.")
             names = [word.strip("?.") for word in question.text.split()[1:] if word[0].isupper()]
             assert len(names) == 1, question.text
+            assert names[0] in question.answer
             strangers += names[0] not in told.replace(".", " ").split()
         assert strangers == 3  # one of every two, where two are asked
 

@@ -100,6 +100,7 @@ def test_with_adapters_it_is_served_as_trained(tmp_path: Path, family: str) -> N
     shake(network)
     save_network(network, codec, tmp_path / "saved")
     compare_with_served(network, tmp_path / "saved")
+    assert str(tmp_path) not in (tmp_path / "saved" / "config.json").read_text()
     again, _ = load_network(tmp_path / "saved", adapter_dropout=0.1)
     assert_equal_weights(again.state_dict(), network.state_dict())
     shake(network)
@@ -144,8 +145,12 @@ def test_retriever_can_come_later_and_other_sizes_cannot_change() -> None:
     adapt_network(network, Start(memory=later))
     assert len(network.retrievers) == 2
     assert network.config.memory.max_short_term == 512
-    with pytest.raises(ConfigError, match=r"tokens_per_injection is 8; allowed: 256"):
+    with pytest.raises(ConfigError, match=r"tokens_per_injection is 8; allowed: 256 or more"):
         adapt_network(network, Start(memory=MemoryOptions(tokens_per_injection=8)))
+    with pytest.raises(ConfigError, match=r"retrieval_dim is 8; allowed: 16"):
+        adapt_network(network, Start(memory=MemoryOptions(retrieval_dim=8)))
+    adapt_network(network, Start(memory=MemoryOptions(tokens_per_injection=512)))
+    assert network.config.memory.tokens_per_injection == 512
 
 
 def test_no_stage_before() -> None:

@@ -44,6 +44,9 @@ def test_a_question_is_answered_by_the_chunks_that_tell_it(source: EpisodeSource
     num_unknown = 0
     for place in places:
         for question in source.draw_questions(chunks, place, tellers, 3):
+            person, kind = question.key
+            form = relation(kind).own_answer if person == USER else relation(kind).answer
+            assert question.unknown == form.format(p=person, v="not known to me")
             if not question.answers:
                 num_unknown += 1
                 assert question.key not in tellers
@@ -60,7 +63,7 @@ def test_chat_turns_are_answered_by_the_prompt_itself(source: EpisodeSource) -> 
     chunks = talker.draw_chunks(100, 64)
     tellers = find_tellers(chunks)
     places = [place for place, chunk in enumerate(chunks) if chunk.facts]
-    questions = [talker.draw_question(chunks, talker.rng.choice(places), tellers, long=True) for _ in range(300)]
+    questions = [talker.draw_questions(chunks, talker.rng.choice(places), tellers, 1, long=True)[0] for _ in range(300)]
     replies = [question for question in questions if question.reply is not None]
     told = [question for question in replies if question.reply != ACKNOWLEDGEMENT]
     assert 0.3 < len(replies) / len(questions) < 1

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from random import Random
+
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mplus_agents.engine.prompts import Prompt
 from mplus_agents.errors import ConfigError
 from mplus_agents.training.build import build_network
-from mplus_agents.training.episodes import ACKNOWLEDGEMENT, EpisodeSource
+from mplus_agents.training.episodes import ACKNOWLEDGEMENT, EpisodeSource, Question
 from mplus_agents.training.small import SmallRecipe
+from mplus_agents.training.small_memory import _first_turns, _rows, bring_together
 from mplus_agents.training.small_stage import SmallStage, StepKind
 from tests.training.stages import stage
 
@@ -62,3 +67,49 @@ def test_a_fact_told_after_text_in_the_prompt_is_acknowledged(monkeypatch: pytes
 def test_fewer_tokens_in_a_step_than_are_retrieved_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"num_chunks is 2, which write 8 memory tokens .* numbers that write 12"):
         small_recipe("long_term", "cpu", num_chunks=2)
+
+
+def test_the_first_question_of_a_row_alone_queries_and_each_gets_the_answer_that_holds_in_its_past() -> None:
+    def question(chunk: int, answers: dict[int, str], reply: str | None = None) -> Question:
+        return Question(
+            chunk, ("Maya", "home"), answers, Prompt([5, 6, 7], [False, True, True], ()), "Never told.", reply
+        )
+
+    twice = question(0, {0: "Oslo.", 1: "Rome."})
+    asked = [
+        [twice, question(2, {2: "Lima."})],
+        [twice],
+        [question(2, {}, "I see."), question(2, {2: "Lima."}), question(2, {})],
+    ]
+    rows = _rows(asked, [[4, 7, 0], [4, 3, 9], [0, 1, -1]])  # injections since each chunk's own
+    assert [[answer for _, answer in row] for row in rows] == [
+        ["Oslo.", "Lima."],
+        ["Rome."],
+        ["I see.", "Never told.", "Never told."],
+    ]
+    for row in rows:
+        assert [any(prompt.is_query) for prompt, _ in row] == [True, *[False] * (len(row) - 1)]
+        assert all(prompt.ids == [5, 6, 7] for prompt, _ in row)
+    assert _first_turns(asked) == [0, 2, 3]
+
+
+@given(st.randoms(use_true_random=False), st.integers(2, 30), st.integers(0, 5))
+def test_a_fact_told_again_soon_stands_within_three_chunks_and_all_else_keeps_its_order(
+    rng: Random, num_chunks: int, num_outside: int
+) -> None:
+    places = rng.sample(range(num_chunks), num_chunks)
+    ages = torch.tensor([age if age < num_chunks - num_outside else -1 for age in places])
+    inside = [chunk for chunk in range(num_chunks) if ages[chunk] >= 0]
+    if not inside:
+        return
+    chunk = rng.choice(inside)
+    other = rng.choice([item for item in range(num_chunks) if item != chunk])
+    before = ages.clone()
+    bring_together(ages, chunk, other, rng)
+    assert sorted(ages.tolist()) == sorted(before.tolist())
+    moved = (ages != before).nonzero()[:, 0].tolist()
+    assert chunk not in moved
+    if moved:
+        assert other in moved
+        assert len(moved) == 2
+        assert 1 <= abs(int(ages[chunk] - ages[other])) <= 3
