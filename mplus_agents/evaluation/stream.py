@@ -292,8 +292,8 @@ class _Planner:
     ) -> Iterator[Question]:
         for place, fact in enumerate(facts[: asked[distance]]):
             if self._condition == "unknown":
-                asked = self._never_told(fact, place)
-                yield Question(distance, asked.ask(self._rng), asked.unknown_answer(), NOT_KNOWN)
+                never_told = self._never_told(fact, place)
+                yield Question(distance, never_told.ask(self._rng), never_told.unknown_answer(), NOT_KNOWN)
                 continue
             before = old[fact.key].answer() if fact.key in old else None
             yield Question(distance, fact.ask(self._rng), fact.answer(), fact.value, before)
