@@ -25,8 +25,10 @@ from mplus_agents.training.build import (
 from mplus_agents.training.config import PREVIOUS, DocumentSettings, StageConfig
 from mplus_agents.training.folders import empty_network, model_folder
 from mplus_agents.training.network import TrainableMPlus
+from mplus_agents.training.small_context import NUM_TURNS
+from mplus_agents.training.small_memory import MEMORY_TURNS
 
-# Shapes of the small recipe's steps (training/small.py): rows and tokens of the warm-ups, tokens of a question.
+# Shapes of the small recipe's steps (training/small.py): rows and tokens of the warm-ups, tokens of a question with its answer.
 _WARM_UP_ROWS, _WARM_UP_TOKENS, _QUESTION_TOKENS = 64, 96, 32
 _FULL_CHUNKS = 0.6  # share of steps with chunks of full length; others are 20 tokens or more
 _SHORTEST_CHUNK = 20
@@ -168,9 +170,10 @@ def _small_work(stage: StageConfig, network: TrainableMPlus) -> list[_Work]:
     memory, longest = network.config.memory, network.config.chunk_tokens
     length = _FULL_CHUNKS * longest + (1 - _FULL_CHUNKS) * (_SHORTEST_CHUNK + longest) / 2
     num_slots = 1 + memory.max_short_term + (memory.num_retrieved if recipe.kind == "long_term" else 0)
+    num_turns = NUM_TURNS if recipe.kind == "write" else MEMORY_TURNS
     return [
         _Work(recipe.num_chunks, length, 1 + memory.tokens_per_injection, has_head=False),
-        _Work(recipe.num_questions, _QUESTION_TOKENS, num_slots),
+        _Work(recipe.num_questions, num_turns * _QUESTION_TOKENS, num_slots),
     ]
 
 

@@ -25,7 +25,7 @@ _FIRST_WRITES = 0.06  # share of the steps that write into an empty memory
 _LEVELS = (1, 2, 4, 8)  # chunks in θ, while writing is learned
 _NEXT_LEVEL_AT = 0.65
 _K0_SHARES = (1, 1, 0.5, 0.75, 1.5)  # other K0 than the model's are read too
-_MEMORY_TURNS = 2  # questions in a row that reads memory: the second one sees what was retrieved for the first
+MEMORY_TURNS = 2  # questions in a row that reads memory: the second one sees what was retrieved for the first
 _SOON_AGAIN = 0.5  # of the facts told twice, how many are told again within three chunks
 _MEAN_AGE = 6.0  # of facts that are asked for while they are young
 
@@ -136,7 +136,7 @@ class MemoryTasks:
         num_rows = stage.num_questions // (3 if is_long else 1)
         tellers = find_tellers(chunks)
         self._source.chat_share = stage.chat_share
-        most = 1 if is_long else _MEMORY_TURNS
+        most = 1 if is_long else MEMORY_TURNS
         asked = [self._source.draw_questions(chunks, rng.choice(told), tellers, most, is_long) for _ in range(num_rows)]
         histories = self._histories(asked, tellers, len(chunks))
         questions = [row[0] for row in asked]
