@@ -28,7 +28,8 @@ from mplus_agents.training.network import TrainableMPlus
 from mplus_agents.training.small_context import NUM_TURNS
 from mplus_agents.training.small_memory import MEMORY_TURNS
 
-# Shapes of the small recipe's steps (training/small.py): rows and tokens of the warm-ups, tokens of a question with its answer.
+# Shapes of the small recipe's steps (training/small.py): rows and tokens of the warm-ups, tokens of a question with its
+# answer.
 _WARM_UP_ROWS, _WARM_UP_TOKENS, _QUESTION_TOKENS = 64, 96, 32
 _FULL_CHUNKS = 0.6  # share of steps with chunks of full length; others are 20 tokens or more
 _SHORTEST_CHUNK = 20
