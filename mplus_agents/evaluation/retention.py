@@ -22,7 +22,7 @@ from mplus_agents.evaluation.engines import LoadedModel, load, versions
 from mplus_agents.evaluation.report import Result
 from mplus_agents.evaluation.scoring import score
 from mplus_agents.evaluation.settings import RetentionSettings
-from mplus_agents.evaluation.stream import ChunkSizes, Prose, Question, StreamPlan, Telling, plan_stream
+from mplus_agents.evaluation.stream import NEAR_CHUNKS, ChunkSizes, Prose, Question, Round, Telling, plan_stream
 from mplus_agents.evaluation.tally import Tally
 
 _MEMORY_VARIANTS: dict[str, LongTermUse] = {"mplus": "retrieved", "theta_only": "off", "random": "random"}
@@ -39,13 +39,13 @@ class StreamOutcome:
         tally: The answers.
         in_theta: By distance, the fact's tokens still in θ when it was asked for.
         written: By distance, the fact's tokens.
-        num_rounds: How often the prose began anew at the text's first chunk.
+        num_restarts: How often the prose began anew at the text's first chunk.
     """
 
     tally: Tally = field(default_factory=Tally)
     in_theta: Counter[int] = field(default_factory=Counter)
     written: Counter[int] = field(default_factory=Counter)
-    num_rounds: int = 0
+    num_restarts: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,10 +56,14 @@ class _Window:
     history: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Trail:
-    """All text of a stream in order, a piece per injection, with tokens, and where each distance's telling begins."""
+    """All text of a stream in order, a piece per injection, with tokens, and where each distance's telling begins.
 
+    `place` is the next chunk of the prose.
+    """
+
+    place: int
     texts: list[str] = field(default_factory=list)
     num_tokens: list[int] = field(default_factory=list)
     starts: dict[int, int] = field(default_factory=dict)
@@ -105,7 +109,7 @@ def run_retention(
         total.tally.counts.update(outcome.tally.counts)
         total.in_theta.update(outcome.in_theta)
         total.written.update(outcome.written)
-        total.num_rounds += outcome.num_rounds
+        total.num_restarts += outcome.num_restarts
         result = _result(settings, loaded, total, done)
         if on_result is not None:
             on_result(result)
@@ -121,21 +125,26 @@ def run_stream(settings: RetentionSettings, number: int, on_progress: OnProgress
         on_progress: Called with the chunks of prose done since the last call.
     """
     loaded = load(settings.model, settings.device, settings.num_retrieved)
-    plan, prose = plan_of(settings, number), _prose(settings)
+    prose = _prose(settings)
     first = number * len(prose.chunks) // settings.num_streams
     seeds = Random(f"{settings.seed}/{number}/draws")
-    outcome = StreamOutcome(num_rounds=(first + plan.num_prose_chunks) // len(prose.chunks))
+    outcome = StreamOutcome(num_restarts=(first + settings.num_prose_chunks) // len(prose.chunks))
     with loaded.open() as mplus:
         agent = mplus.agent("stream", seed=seeds.getrandbits(62))
-        trail = _write(agent, plan, prose, first, outcome, on_progress or (lambda num_chunks: None))
-        _fill_window(agent, plan)
-        _ask_memory(agent, plan, settings, seeds.getrandbits(62), outcome.tally)
-        window = _Window(agent.window_text, plan.history)
-        _ask_context(loaded, plan, settings, trail, window, outcome.tally)
+        trail = _Trail(place=first)
+        for plan in rounds_of(settings, number):
+            _write(agent, plan, prose, trail, outcome, on_progress or (lambda num_chunks: None))
+            _fill_window(agent, plan)
+            _ask_memory(agent, plan, settings, seeds.getrandbits(62), outcome.tally)
+            window = _Window(agent.window_text, plan.history)
+            _ask_context(loaded, plan, settings, trail, window, outcome.tally)
+            if agent.window:
+                trail.add(window.text, len(loaded.codec.encode(window.text)))
+                agent.flush()  # a round begins with an empty window
     return outcome
 
 
-def plan_of(settings: RetentionSettings, number: int) -> StreamPlan:
+def rounds_of(settings: RetentionSettings, number: int) -> list[Round]:
     """Return what a stream tells and asks.
 
     Args:
@@ -174,10 +183,9 @@ def _run_streams(settings: RetentionSettings, workers: int, on_progress: OnProgr
 
 
 def _write(
-    agent: Agent, plan: StreamPlan, prose: Prose, first: int, outcome: StreamOutcome, on_progress: OnProgress
-) -> _Trail:
-    """Tell the facts and read the prose between them; receipts prove the number of injections."""
-    trail, place = _Trail(), first
+    agent: Agent, plan: Round, prose: Prose, trail: _Trail, outcome: StreamOutcome, on_progress: OnProgress
+) -> None:
+    """Tell a round's facts and read the prose between them; receipts prove the number of injections."""
     injections: dict[int, int] = {}  # of every fact's last telling, with its distance
     for step, num_chunks in plan.prose_after():
         for telling, distance in zip(step.tellings, step.distances, strict=True):
@@ -186,7 +194,7 @@ def _write(
                 injections[injection_id] = distance
             trail.starts.setdefault(distance, len(trail.texts))
             trail.add(f"\n{telling.text}\n", len(agent.mplus.codec.encode(telling.text)))
-        num_injections = 0
+        num_injections, place = 0, trail.place
         for number, text in enumerate(prose.documents(place, num_chunks)):
             # Named by its place: a text that comes round again shall be read again.
             receipt = agent.remember(text, source_id=f"prose {place}/{number}", progress=False)
@@ -194,10 +202,9 @@ def _write(
         assert num_injections == num_chunks, f"{num_chunks} chunks of prose made {num_injections} injections"
         for chunk in range(place, place + num_chunks):
             trail.add(prose.chunks[chunk % len(prose.chunks)], prose.num_tokens[chunk % len(prose.chunks)])
-        place += num_chunks
+        trail.place += num_chunks
         on_progress(num_chunks)
     _count_in_theta(agent, injections, outcome)
-    return trail
 
 
 def _tell(agent: Agent, telling: Telling) -> int:
@@ -221,13 +228,13 @@ def _count_in_theta(agent: Agent, injections: dict[int, int], outcome: StreamOut
                 outcome.in_theta[injections[token.injection_id]] += 1
 
 
-def _fill_window(agent: Agent, plan: StreamPlan) -> None:
+def _fill_window(agent: Agent, plan: Round) -> None:
     if plan.window:
         receipt = agent.remember(list(plan.window), progress=False)
         assert receipt.num_injections == 0
 
 
-def _ask_memory(agent: Agent, plan: StreamPlan, settings: RetentionSettings, seed: int, tally: Tally) -> None:
+def _ask_memory(agent: Agent, plan: Round, settings: RetentionSettings, seed: int, tally: Tally) -> None:
     has_long_term = agent.mplus.model.config.memory.has_long_term
     texts = [question.text for question in plan.questions]
     for variant, long_term in _MEMORY_VARIANTS.items():
@@ -251,7 +258,7 @@ def _ask_memory(agent: Agent, plan: StreamPlan, settings: RetentionSettings, see
 
 def _ask_context(
     loaded: LoadedModel,
-    plan: StreamPlan,
+    plan: Round,
     settings: RetentionSettings,
     trail: _Trail,
     window: _Window,
@@ -329,8 +336,9 @@ def _result(settings: RetentionSettings, loaded: LoadedModel, total: StreamOutco
     mean_tokens = sum(prose.num_tokens) / len(prose.chunks)
     notes = [
         f"{name} has {len(prose.chunks):,} chunks of {mean_tokens:.1f} tokens on average; every stream starts at "
-        f"another place, and {total.num_rounds:,} times one went on from the end at the beginning",
-        "every group of facts is an injection of its own, which is not counted as a chunk of prose",
+        f"another place, and {total.num_restarts:,} times one went on from the end at the beginning",
+        "every group of facts is an injection of its own, which is not counted as a chunk of prose; between facts and "
+        f"questions up to {NEAR_CHUNKS} chunks later no others are told",
     ]
     if settings.num_prose_chunks > len(prose.chunks):
         notes.append("the prose is too short for the largest distance: within a stream it is read more than once")

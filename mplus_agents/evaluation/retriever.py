@@ -139,11 +139,12 @@ def _plan_facts(loaded: LoadedModel, rng: Random, life: _Life, num_facts: int) -
     """Draw what is told and asked, by the injection that tells it."""
     config = loaded.model.config
     sizes = ChunkSizes(loaded.codec, config.chunk_tokens, config.min_chunk_tokens)
-    plan = plan_stream(rng, sizes, dict.fromkeys(range(num_facts), 1))
+    rounds = plan_stream(rng, sizes, dict.fromkeys(range(num_facts), 1))
+    asked = [(item, question) for item in rounds for question in item.questions]
     places = sorted(rng.sample(range(life.num_places), num_facts))
     told = {}
-    for place, question in zip(places, plan.questions, strict=True):
-        step = next(step for step in plan.steps if step.remaining == question.distance)
+    for place, (item, question) in zip(places, asked, strict=True):
+        step = next(step for step in item.steps if step.remaining == question.distance)
         telling = next(telling for telling in step.tellings if question.value in telling.text)
         told[place] = telling, question
     return told

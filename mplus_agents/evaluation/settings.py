@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mplus_agents.errors import InvalidInputError
-from mplus_agents.evaluation.stream import CONDITIONS, Condition
+from mplus_agents.evaluation.stream import CONDITIONS, Condition, split_rounds
 from mplus_agents.language import RELATIONS
 from mplus_agents.language.prose import packaged_prose
 
@@ -86,7 +86,8 @@ class RetentionSettings:
     @property
     def num_prose_chunks(self) -> int:
         """Chunks of prose in one stream."""
-        return max(self.distances) + (self.gap if self.condition == "updated" else 0)
+        gap = self.gap if self.condition == "updated" else 0
+        return sum(max(distances) + gap for distances in split_rounds(self.distances))
 
     def num_questions(self, number: int) -> int:
         """Return how many questions per distance a stream asks.

@@ -1,8 +1,13 @@
-"""The plan of one stream: which facts are told when, how much prose lies between, and what is asked at the end."""
+"""The plan of one stream: which facts are told when, how much prose lies between, and what is asked.
+
+A stream is a sequence of rounds. The first one has all far distances: facts are told during the round so that at its
+end every distance is there, and all is asked. Then every near distance has a round of its own, so that nothing lies
+between its facts and the questions but the chunks of prose that are counted.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import Literal, get_args
@@ -18,6 +23,7 @@ CONDITIONS: tuple[str, ...] = get_args(Condition)
 # A person is told about in company, so that names have to be read.
 _MIN_FACTS = 4
 _MAX_DRAWS = 10_000
+NEAR_CHUNKS = 16  # chunks; up to here a distance has a round of its own
 _REPLIES = ("I see.", "Good to know.", "Thank you for telling me.", "All right.")
 
 
@@ -103,7 +109,7 @@ class Step:
     """Injections of facts, and how many chunks of prose follow them at once.
 
     Attributes:
-        remaining: Chunks of prose from here to the end of the stream.
+        remaining: Chunks of prose from here to the end of the round.
         tellings: One injection each.
         distances: For each telling, the distance of the questions about it; less than `remaining` if it tells what is
             told again later with other values.
@@ -134,12 +140,12 @@ class Question:
 
 
 @dataclass(frozen=True, slots=True)
-class StreamPlan:
-    """A whole stream.
+class Round:
+    """Facts, prose, and the questions at its end.
 
     Attributes:
         steps: In order; the first one stands at the beginning.
-        questions: Asked when all is told.
+        questions: Asked when all is told and read.
         window: Turns that wait in the window when the questions are asked; they answer none of them.
     """
 
@@ -149,7 +155,7 @@ class StreamPlan:
 
     @property
     def num_prose_chunks(self) -> int:
-        """Chunks of prose in the stream."""
+        """Chunks of prose in the round."""
         return max(step.remaining for step in self.steps)
 
     @property
@@ -193,8 +199,8 @@ def plan_stream(
     condition: Condition = "plain",
     gap: int = 1,
     window_tokens: int = 0,
-) -> StreamPlan:
-    """Plan a stream in which every distance is covered when it ends.
+) -> list[Round]:
+    """Plan a stream.
 
     Args:
         rng: Where randomness comes from.
@@ -202,9 +208,31 @@ def plan_stream(
         asked: Questions by distance.
         condition: What is told and asked.
         gap: Chunks of prose between the two tellings of a fact, if it is told twice.
-        window_tokens: Most tokens of the turns that wait in the window at the end.
+        window_tokens: Most tokens of the turns that wait in the window when a round's questions are asked.
+
+    Returns:
+        The rounds, one after another.
     """
     return _Planner(rng, sizes, condition, gap).plan(asked, window_tokens)
+
+
+def split_rounds(distances: Iterable[int]) -> list[list[int]]:
+    """Return which distances share a round, in the order of the rounds.
+
+    Args:
+        distances: All distances.
+    """
+    ordered = sorted(distances, reverse=True)
+    far = [distance for distance in ordered if distance > NEAR_CHUNKS]
+    return ([far] if far else []) + [[distance] for distance in ordered if distance <= NEAR_CHUNKS]
+
+
+def _in_order(steps: Mapping[int, Sequence[tuple[Telling, int]]]) -> tuple[Step, ...]:
+    ordered = []
+    for remaining in sorted(steps, reverse=True):
+        tellings, distances = zip(*steps[remaining], strict=True)
+        ordered.append(Step(remaining, tellings, distances))
+    return tuple(ordered)
 
 
 class _Planner:
@@ -215,27 +243,23 @@ class _Planner:
         self._gap = gap
         self._used: set[tuple[str, str]] = set()
 
-    def plan(self, asked: dict[int, int], window_tokens: int) -> StreamPlan:
+    def plan(self, asked: dict[int, int], window_tokens: int) -> list[Round]:
         """Draw the facts, lay out their tellings, and choose what is asked."""
         groups = {distance: self._draw_group(number) for distance, number in asked.items()}
-        steps: dict[int, list[tuple[Telling, int]]] = {}
-        old: dict[tuple[str, str], Fact] = {}
-        if self._condition == "updated":
-            for distance, facts in groups.items():
-                earlier = [self._with_other_value(fact) for fact in facts]
-                old.update({fact.key: fact for fact in earlier})
-                told = [(telling, distance) for telling in self._tell(earlier)]
-                steps.setdefault(distance + self._gap, []).extend(told)
-        for distance, facts in groups.items():
-            steps.setdefault(distance, []).extend((telling, distance) for telling in self._tell(facts))
-        questions = [
-            question for distance, facts in groups.items() for question in self._ask(distance, facts, asked, old)
-        ]
-        ordered = []
-        for remaining in sorted(steps, reverse=True):
-            tellings, distances = zip(*steps[remaining], strict=True)
-            ordered.append(Step(remaining, tellings, distances))
-        return StreamPlan(tuple(ordered), tuple(questions), self._fill_window(window_tokens))
+        rounds = []
+        for distances in split_rounds(asked):
+            steps: dict[int, list[tuple[Telling, int]]] = {}
+            questions: list[Question] = []
+            for distance in distances:
+                facts, old = groups[distance], dict[tuple[str, str], Fact]()
+                if self._condition == "updated":
+                    old = {fact.key: self._with_other_value(fact) for fact in facts}
+                    told = [(telling, distance) for telling in self._tell(list(old.values()))]
+                    steps.setdefault(distance + self._gap, []).extend(told)
+                steps.setdefault(distance, []).extend((telling, distance) for telling in self._tell(facts))
+                questions += self._ask(distance, facts[: asked[distance]], old)
+            rounds.append((_in_order(steps), tuple(questions)))
+        return [Round(steps, questions, self._fill_window(window_tokens)) for steps, questions in rounds]
 
     def _draw_group(self, num_asked: int) -> list[Fact]:
         """Draw the facts told together; the first ones are asked about."""
@@ -287,10 +311,8 @@ class _Planner:
             groups[-1].append(self._state(self._draw_new(1)[0]))
         return [Telling(tuple(group), is_dialogue) for group in groups]
 
-    def _ask(
-        self, distance: int, facts: Sequence[Fact], asked: dict[int, int], old: dict[tuple[str, str], Fact]
-    ) -> Iterator[Question]:
-        for place, fact in enumerate(facts[: asked[distance]]):
+    def _ask(self, distance: int, facts: Sequence[Fact], old: dict[tuple[str, str], Fact]) -> Iterator[Question]:
+        for place, fact in enumerate(facts):
             if self._condition == "unknown":
                 never_told = self._never_told(fact, place)
                 yield Question(distance, never_told.ask(self._rng), never_told.unknown_answer(), NOT_KNOWN)

@@ -72,11 +72,11 @@ def test_a_template_may_be_a_file(mplus: Run) -> None:
 
 
 def test_the_retriever_is_measured(mplus: Run) -> None:
-    options = ("--sizes", "64", "--questions", "1", "--prose", "prose.txt", "--output", "r.json")
+    options = ("--sizes", "640", "--questions", "1", "--prose", "prose.txt", "--output", "r.json")
     result = mplus("eval", "retriever", *options)
     assert result.exit_code == 0, result.output
     assert "tokens in Θ" in result.stdout
-    assert {point["size"] for point in read("r.json")["points"]} == {64}
+    assert {point["size"] for point in read("r.json")["points"]} == {640}
     assert "a result of `mplus eval retention`" in mplus("eval", "compare", "r.json").stderr
 
 

@@ -14,7 +14,7 @@ from mplus_agents.errors import InvalidInputError
 from mplus_agents.evaluation import retention, scoring
 from mplus_agents.evaluation.engines import load
 from mplus_agents.evaluation.report import Result
-from mplus_agents.evaluation.retention import plan_of, run_retention, run_stream
+from mplus_agents.evaluation.retention import rounds_of, run_retention, run_stream
 from mplus_agents.evaluation.settings import RetentionSettings
 from mplus_agents.evaluation.stream import CONDITIONS
 from tests.engine.engines import TINY, engine, prose
@@ -54,6 +54,11 @@ class Spy:
         self.options.append(options)
 
 
+def batched(lives: list[list[Injected]]) -> list[list[list[Injected]]]:
+    """The memories that were asked, by round: three times each."""
+    return [lives[place : place + 3] for place in range(0, len(lives), 3)]
+
+
 @pytest.fixture
 def spy(monkeypatch: pytest.MonkeyPatch) -> Spy:
     return Spy(monkeypatch)
@@ -61,31 +66,34 @@ def spy(monkeypatch: pytest.MonkeyPatch) -> Spy:
 
 @pytest.mark.parametrize("condition", CONDITIONS)
 def test_an_agents_log_has_every_fact_at_its_distance(condition: Any, spy: Spy, tmp_path: Path) -> None:
-    settings = small_settings(tmp_path, condition=condition, max_new_tokens=1, distances=(0, 1, 4))
+    settings = small_settings(tmp_path, condition=condition, max_new_tokens=1, distances=(0, 4, 17, 20))
     run_stream(settings, 1)
-    plan = plan_of(settings, 1)
-    assert len(spy.lives) == 3  # with Θ, without, at random: each on the same memory
-    assert spy.windows == [[]] * 3
-    assert [options["long_term"] for options in spy.options] == ["retrieved", "off", "random"]
-    for life in spy.lives:
-        assert sum(injected.is_prose for injected in life) == 4 + (condition == "updated")
-        for question in plan.questions:
-            if condition == "unknown":
-                continue
-            teller = max(place for place, item in enumerate(life) if not item.is_prose and question.value in item.text)
-            assert sum(item.is_prose for item in life[teller:]) == question.distance
+    rounds = rounds_of(settings, 1)
+    assert len(rounds) == 3  # the far ones; 4; 0
+    assert spy.windows == [[]] * 9
+    # with Θ, without, at random: each on the same memory
+    assert [options["long_term"] for options in spy.options] == ["retrieved", "off", "random"] * 3
+    gap = int(condition == "updated")
+    for plan, num_prose, lives in zip(rounds, (20 + gap, 24 + 2 * gap, 24 + 3 * gap), batched(spy.lives), strict=True):
+        for life in lives:
+            assert sum(injected.is_prose for injected in life) == num_prose
+            for question in plan.questions:
+                if condition == "unknown":
+                    continue
+                tellers = [at for at, item in enumerate(life) if not item.is_prose and question.value in item.text]
+                assert sum(item.is_prose for item in life[max(tellers) :]) == question.distance
 
 
 def test_streams_take_their_prose_from_different_places(spy: Spy, tmp_path: Path) -> None:
     settings = small_settings(tmp_path, max_new_tokens=1)
     outcomes = [run_stream(settings, number) for number in range(2)]
-    first, second = ([item.text for item in life if item.is_prose] for life in (spy.lives[0], spy.lives[3]))
-    assert len(first) == len(second) == 6
+    first, second = ([item.text for item in life if item.is_prose] for life in (spy.lives[8], spy.lives[-1]))
+    assert len(first) == len(second) == 7
     assert not set(first) & set(second)
     whole = Path(settings.prose or "").read_text()
     assert "".join(first) in whole
     assert "".join(second) in whole
-    assert [outcome.num_rounds for outcome in outcomes] == [0, 0]
+    assert [outcome.num_restarts for outcome in outcomes] == [0, 0]
 
 
 def test_prose_that_is_too_short_is_read_again_and_said_to_be(spy: Spy, tmp_path: Path) -> None:
@@ -104,8 +112,8 @@ def test_shares_in_theta_are_those_of_random_dropping(tmp_path: Path) -> None:
     memory = load(str(TINY), "cpu").model.config.memory
     shares = {distance: outcome.in_theta[distance] / outcome.written[distance] for distance in outcome.written}
     assert shares[0] == 1
-    # Three injections of facts and 40 of prose; nothing is dropped until θ is full.
-    num_dropping = 43 - max(3, memory.max_short_term // memory.tokens_per_injection)
+    # An injection of facts and 40 of prose; nothing is dropped until θ is full.
+    num_dropping = 41 - max(1, memory.max_short_term // memory.tokens_per_injection)
     expected = (1 - memory.tokens_per_injection / memory.max_short_term) ** num_dropping
     assert shares[40] == pytest.approx(expected, abs=0.25)
 
@@ -114,9 +122,9 @@ def test_full_context_is_the_text_in_the_prompt(spy: Spy, tmp_path: Path) -> Non
     """What is told right before the question could as well wait in an agent's window."""
     sizes: dict[str, Any] = {"episodes": 2, "streams": 1, "distances": (0,), "max_new_tokens": 6}
     choices = (small_settings(tmp_path, seed=seed, **sizes) for seed in range(9))
-    settings = next(choice for choice in choices if len(plan_of(choice, 0).steps[0].tellings) == 1)
+    settings = next(choice for choice in choices if len(rounds_of(choice, 0)[0].steps[0].tellings) == 1)
     run_stream(settings, 0)
-    plan = plan_of(settings, 0)
+    [plan] = rounds_of(settings, 0)
     full_context = spy.answers[6:8]
     loaded = load(str(TINY), "cpu")
     with engine(tmp_path / "other.db", loaded.model, loaded.codec) as mplus:
@@ -148,7 +156,7 @@ def test_both_counts_are_in_the_result_and_files_can_be_saved_as_it_goes(tmp_pat
     result = run_retention(settings, on_result=seen.append, on_progress=steps.append)
     assert [(item.streams, item.is_complete) for item in seen] == [(1, False), (2, True)]
     assert seen[-1] == result
-    assert sum(steps) == 2 * settings.num_prose_chunks == 12
+    assert sum(steps) == 2 * settings.num_prose_chunks == 14
     assert {point.episodes for point in result.points} == {3}
     assert {point.episodes for point in seen[0].points} == {2}
     assert result.weights["weights"] == load(str(TINY), "cpu").model.fingerprint["weights"]
@@ -190,18 +198,19 @@ def test_a_template_and_a_filled_window_stand_in_front(tmp_path: Path, spy: Spy)
     template = "Talk.\n\n{history}\nHuman: {question}\nAI:"
     settings = small_settings(tmp_path, template=template, window_tokens=60, max_new_tokens=2, streams=1)
     run_stream(settings, 0)
-    plan = plan_of(settings, 0)
-    assert spy.windows == [list(plan.window)] * 3
-    assert plan.window
-    prompts = [conversation[0].content for conversation in spy.options[0]["conversations"]]
-    history = "\n".join(f"{'Human' if turn.role == 'user' else 'AI'}: {turn.content}" for turn in plan.window)
-    assert prompts == [f"Talk.\n\n{history}\nHuman: {question.text}\nAI:" for question in plan.questions]
+    rounds = rounds_of(settings, 0)
+    assert spy.windows == [list(plan.window) for plan in rounds for _ in range(3)]  # each with its own, no other's
+    assert all(plan.window for plan in rounds)
+    for place, plan in enumerate(rounds):
+        prompts = [conversation[0].content for conversation in spy.options[3 * place]["conversations"]]
+        history = "\n".join(f"{'Human' if turn.role == 'user' else 'AI'}: {turn.content}" for turn in plan.window)
+        assert prompts == [f"Talk.\n\n{history}\nHuman: {question.text}\nAI:" for question in plan.questions]
 
 
 def test_the_window_stands_in_front_of_a_bare_question(tmp_path: Path, spy: Spy) -> None:
     settings = small_settings(tmp_path, window_tokens=60, max_new_tokens=5, streams=1, distances=(2,))
     run_stream(settings, 0)
-    plan = plan_of(settings, 0)
+    [plan] = rounds_of(settings, 0)
     assert spy.windows == [list(plan.window)] * 3
     with_window, spy.answers = spy.answers, []
     run_stream(small_settings(tmp_path, max_new_tokens=5, streams=1, distances=(2,)), 0)

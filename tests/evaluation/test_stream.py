@@ -1,4 +1,4 @@
-"""The plan of a stream: distances, what is told and what is asked."""
+"""The rounds of a stream: distances, what is told and what is asked."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import pytest
 
 from mplus_agents.engine.prompts import write_turn
 from mplus_agents.errors import InvalidInputError
-from mplus_agents.evaluation.stream import CONDITIONS, ChunkSizes, Condition, Prose, StreamPlan, plan_stream
+from mplus_agents.evaluation.stream import CONDITIONS, ChunkSizes, Condition, Prose, Question, Round, plan_stream
 from mplus_agents.language import NOT_KNOWN
 from tests.engine.engines import prose, tiny_codec
 
-_ASKED = {0: 2, 1: 2, 2: 1, 9: 2}
+_ASKED = {0: 2, 1: 2, 2: 1, 20: 2, 29: 2}
 
 
 @cache
@@ -21,11 +21,11 @@ def sizes() -> ChunkSizes:
     return ChunkSizes(tiny_codec(), 128, 16)
 
 
-def plan(condition: Condition = "plain", seed: int = 0, window_tokens: int = 0) -> StreamPlan:
+def plan(condition: Condition = "plain", seed: int = 0, window_tokens: int = 0) -> list[Round]:
     return plan_stream(Random(seed), sizes(), _ASKED, condition, 3, window_tokens)
 
 
-def timeline(planned: StreamPlan) -> list[str | None]:
+def timeline(planned: Round) -> list[str | None]:
     """Everything in order: the text of an injection of facts, or None for a chunk of prose."""
     line: list[str | None] = []
     for step, num_chunks in planned.prose_after():
@@ -34,26 +34,31 @@ def timeline(planned: StreamPlan) -> list[str | None]:
     return line
 
 
+def asked(rounds: list[Round]) -> list[tuple[Round, Question]]:
+    return [(planned, question) for planned in rounds for question in planned.questions]
+
+
 @pytest.mark.parametrize("condition", CONDITIONS)
 @pytest.mark.parametrize("seed", range(3))
 def test_every_question_is_at_its_distance(condition: Condition, seed: int) -> None:
-    planned = plan(condition, seed)
-    line = timeline(planned)
-    assert line.count(None) == planned.num_prose_chunks == 9 + 3 * (condition == "updated")
-    assert sorted(question.distance for question in planned.questions) == [0, 0, 1, 1, 2, 9, 9]
-    for question in planned.questions:
-        if condition == "unknown":
-            continue
-        person = question.answer.removesuffix(".").replace(question.value, "").split()
-        tellers = [place for place, text in enumerate(line) if text and question.value in text]
-        assert line[tellers[-1] :].count(None) == question.distance, (question, person)
+    rounds = plan(condition, seed)
+    # the far ones together, each near one alone
+    distances = [sorted(question.distance for question in planned.questions) for planned in rounds]
+    assert distances == [[20, 20, 29, 29], [2], [1, 1], [0, 0]]
+    for planned in rounds:
+        line = timeline(planned)
+        longest = max(question.distance for question in planned.questions)
+        assert line.count(None) == planned.num_prose_chunks == longest + 3 * (condition == "updated")
+        for question in planned.questions:
+            if condition != "unknown":
+                tellers = [place for place, text in enumerate(line) if text and question.value in text]
+                assert line[tellers[-1] :].count(None) == question.distance, question
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_what_is_told_twice_has_another_value_at_first(seed: int) -> None:
-    planned = plan("updated", seed)
-    line = timeline(planned)
-    for question in planned.questions:
+    for planned, question in asked(plan("updated", seed)):
+        line = timeline(planned)
         assert question.old_answer is not None
         assert question.old_answer != question.answer
         common = set(question.answer.rstrip(".").split()) & set(question.old_answer.rstrip(".").split())
@@ -66,37 +71,36 @@ def test_what_is_told_twice_has_another_value_at_first(seed: int) -> None:
 
 @pytest.mark.parametrize("condition", CONDITIONS)
 def test_an_injection_of_facts_fits(condition: Condition) -> None:
-    for step in plan(condition).steps:
-        for telling in step.tellings:
+    for planned in plan(condition):
+        for telling in (telling for step in planned.steps for telling in step.tellings):
             assert 16 <= len(tiny_codec().encode(telling.text)) <= 128
 
 
 def test_nothing_is_told_of_two_values() -> None:
-    planned = plan_stream(Random(1), sizes(), dict.fromkeys(range(30), 4))
-    keys = {question.text: question.answer for question in planned.questions}
-    assert len(planned.questions) == 120
-    assert len({question.answer for question in planned.questions}) == 120
+    questions = [question for _, question in asked(plan_stream(Random(1), sizes(), dict.fromkeys(range(30), 4)))]
+    keys = {question.text: question.answer for question in questions}
+    assert len(questions) == 120
+    assert len({question.answer for question in questions}) == 120
     assert len(keys) == 120
 
 
 def test_never_told_is_never_told() -> None:
     for seed in range(5):
-        planned = plan("unknown", seed)
-        told = " ".join(text for text in timeline(planned) if text)
+        rounds = plan("unknown", seed)
+        told = " ".join(text for planned in rounds for text in timeline(planned) if text)
         strangers = 0
-        for question in planned.questions:
+        for _, question in asked(rounds):
             assert question.value == NOT_KNOWN
             assert question.answer.endswith(" is not known to me.")
             names = [word.strip("?.") for word in question.text.split()[1:] if word[0].isupper()]
             assert len(names) == 1, question.text
             assert names[0] in question.answer
             strangers += names[0] not in told.replace(".", " ").split()
-        assert strangers == 3  # one of every two, where two are asked
+        assert strangers == 4  # one of every two, where two are asked
 
 
 def test_the_value_comes_first() -> None:
-    planned = plan("value_first")
-    for question in planned.questions:
+    for planned, question in asked(plan("value_first")):
         person = next(word.strip("?.") for word in question.text.split()[1:] if word[0].isupper())
         texts = [
             sentence
@@ -109,23 +113,23 @@ def test_the_value_comes_first() -> None:
 
 
 def test_own_facts_are_told_as_turns_of_the_user() -> None:
-    planned = plan("own")
-    for step in planned.steps:
-        for telling in step.tellings:
+    rounds = plan("own")
+    for planned in rounds:
+        for telling in (telling for step in planned.steps for telling in step.tellings):
             assert telling.text == "".join(write_turn("user", statement) for statement in telling.statements)
-    for question in planned.questions:
+    for _, question in asked(rounds):
         assert {"I", "my"} & set(question.text.strip("?").split())
         assert question.answer.startswith(("You", "Your"))
 
 
 def test_the_window_answers_nothing_and_fits() -> None:
-    planned = plan(window_tokens=60)
-    texts = [write_turn(turn.role, turn.content) for turn in planned.window]
-    assert 0 < sum(len(tiny_codec().encode(text)) for text in texts) <= 60
-    assert [turn.role for turn in planned.window][:2] == ["user", "assistant"]
-    assert not any(turn.content in (text or "") for turn in planned.window for text in timeline(planned))
-    assert planned.questions == plan().questions
-    assert planned.history.splitlines()[0] == f"Human: {planned.window[0].content}"
+    for planned, without in zip(plan(window_tokens=60), plan(), strict=True):
+        texts = [write_turn(turn.role, turn.content) for turn in planned.window]
+        assert 0 < sum(len(tiny_codec().encode(text)) for text in texts) <= 60
+        assert [turn.role for turn in planned.window][:2] == ["user", "assistant"]
+        assert not any(turn.content in (text or "") for turn in planned.window for text in timeline(planned))
+        assert (planned.steps, planned.questions) == (without.steps, without.questions)
+        assert planned.history.splitlines()[0] == f"Human: {planned.window[0].content}"
 
 
 def test_a_plan_follows_from_its_seed() -> None:

@@ -10,7 +10,7 @@ from integrations.langchain.tests.chains import conversation
 from langchain_mplus import ChatMPlus, MPlusMemory
 from mplus_agents import Agent, Message
 from mplus_agents.evaluation.settings import RetentionSettings
-from mplus_agents.evaluation.stream import StreamPlan
+from mplus_agents.evaluation.stream import Round
 
 
 @pytest.mark.parametrize(
@@ -32,5 +32,5 @@ def test_the_prompt_is_the_chains(alice: Agent, monkeypatch: pytest.MonkeyPatch,
     chain.invoke({"input": "Where does Zuma live?"})
     template = chain.prompt.template.replace("{input}", "{question}")
     settings = RetentionSettings(template=template)
-    prompt = settings.prompt("Where does Zuma live?", StreamPlan((), (), window).history)
+    prompt = settings.prompt("Where does Zuma live?", Round((), (), window).history)
     assert asked == [[Message("user", prompt)]]
