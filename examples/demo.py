@@ -47,6 +47,7 @@ QUESTIONS = {  # with the answer that is right
     "Where will I travel?": "Your next journey is Bogota.",
 }
 QUICK_CHARS = 40_000
+MAX_CHARS = 60  # of an answer in the table
 
 console = Console(highlight=False)
 
@@ -151,15 +152,14 @@ def question_and_compare(agent: Agent) -> None:
     for question, expected in QUESTIONS.items():
         answers = [agent.ask(question, max_new_tokens=24, long_term=way).strip() for way in ("retrieved", "off")]
         num_right = [count + (answer == expected) for count, answer in zip(num_right, answers, strict=True)]
-        marked = [mark(answer, answer == expected, width) for answer, width in zip(answers, (30, 20), strict=True)]
-        table.add_row(question, *marked)
+        table.add_row(question, *(mark(answer, answer == expected) for answer in answers))
     console.print(table)
     console.print(f"{num_right[0]} of {len(QUESTIONS)} answers from memory are right, {num_right[1]} with Θ off.")
 
 
-def mark(answer: str, is_right: bool, max_chars: int) -> Text:
-    """Return an answer in one short line, green if it is right and red if not."""
-    return Text(shorten(answer, max_chars), style="green" if is_right else "red")
+def mark(answer: str, is_right: bool) -> Text:
+    """Return an answer, green if it is right and red if not."""
+    return Text(shorten(answer, MAX_CHARS), style="green" if is_right else "red")
 
 
 def prove(mplus: MPlus, agent: Agent, saved: Path) -> int:
