@@ -14,6 +14,7 @@ from mplus_agents.store import Store
 from tests.cli.conftest import Run
 
 STORE = "sqlite:///mplus.db"
+_PER_INJECTION, _SHORT_TERM = 32, 640  # K and N of mplus-tiny
 
 
 def num_injections(name: str = "default") -> int:
@@ -238,8 +239,10 @@ def test_stats_are_the_agents(mplus: Run, book: Path) -> None:
     mplus("read", str(book))
     measured = json.loads(mplus("stats", "--json").stdout)
     assert measured["num_injections"] == num_injections()
-    assert measured["short_term_tokens"] == min(256, measured["num_injections"] * 16)
-    assert measured["long_term_tokens"] == [max(0, measured["num_injections"] * 16 - 256)] * 6
+    assert measured["short_term_tokens"] == min(_SHORT_TERM, measured["num_injections"] * _PER_INJECTION)
+    num_left = max(0, measured["num_injections"] * _PER_INJECTION - _SHORT_TERM)
+    assert num_left > 0
+    assert measured["long_term_tokens"] == [num_left] * 6
     shown = mplus("stats").stdout
     assert "short-term memory θ" in shown
     assert f"{measured['num_injections']}" in shown
@@ -248,7 +251,7 @@ def test_stats_are_the_agents(mplus: Run, book: Path) -> None:
 def test_stats_list_every_token(mplus: Run, book: Path) -> None:
     mplus("read", str(book))
     lines = [json.loads(line) for line in mplus("stats", "--tokens", "--json").stdout.splitlines()]
-    assert len(lines) == num_injections() * 16 * 6
+    assert len(lines) == num_injections() * _PER_INJECTION * 6
     assert set(lines[0]) == {"layer", "place", "injection_id", "step", "slot", "birth", "age"}
     assert {line["layer"] for line in lines} == set(range(6))
     table = mplus("stats", "--tokens").stdout.splitlines()
