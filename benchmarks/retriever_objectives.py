@@ -91,8 +91,10 @@ def train(model: str, objective: RetrieverObjective, num_steps: int, rate: float
     optimizer = build_optimizer(weights, OptimizerSection(kind="muon", lr=rate, betas=(0.9, 0.98)))
     source = EpisodeSource.load(codec, [packaged_prose("kjv"), packaged_prose("jargon")], seed)
     # At its last step a stage helps the retriever no more; every step here is such a one.
-    stage = SmallStage("long_term", 1, num_questions=128, queue_steps=8, common_from=0.05, common_to=0.05)
-    recipe = SmallRecipe(network, source, stage, objective)
+    stage = SmallStage(
+        "long_term", 1, num_questions=128, queue_steps=8, common_from=0.05, common_to=0.05, objective=objective
+    )
+    recipe = SmallRecipe(network, source, stage)
     for step in tqdm(range(num_steps), desc=objective):
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * min(1.0, (step + 1) / _WARM_UP, 2 * (1 - step / num_steps))

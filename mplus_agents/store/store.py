@@ -43,8 +43,6 @@ from mplus_agents.store.schema import AGENT, EVENT, HEAD_HIDDEN, SOURCE, WINDOW
 from mplus_agents.store.stats import read_stats
 from mplus_agents.store.transaction import WriteTransaction
 
-__all__ = ["Store"]
-
 _SELECT_NAMED = sa.select(AGENT).where(
     AGENT.c.namespace == sa.bindparam("namespace"), AGENT.c.name == sa.bindparam("name")
 )

@@ -40,9 +40,8 @@ def build_recipe(
 
         texts = [packaged_prose(name) for name in stage.data.prose]
         source = EpisodeSource.load(codec, texts, draw_seed(stage, rank))
-        own = settings.model_dump(exclude={"type", "objective", "detach_hidden"})
-        small = SmallStage(steps=stage.steps, **own)
-        return SmallRecipe(network, source, small, settings.objective, settings.detach_hidden)
+        small = SmallStage(steps=stage.steps, **settings.model_dump(exclude={"type"}))
+        return SmallRecipe(network, source, small)
     from mplus_agents.training.document_recipe import build_document_recipe
 
     # One seed for all processes: the recipe itself tells apart what they share and what they do not.

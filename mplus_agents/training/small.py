@@ -9,7 +9,6 @@ import torch
 
 from mplus_agents.training.episodes import EpisodeSource
 from mplus_agents.training.network import TrainableMPlus
-from mplus_agents.training.objectives import RetrieverObjective
 from mplus_agents.training.small_context import ContextTasks
 from mplus_agents.training.small_memory import MemoryTasks
 from mplus_agents.training.small_stage import SmallStage
@@ -27,22 +26,13 @@ class SmallRecipe:
         network: The network.
         source: Where episodes come from.
         stage: The stage.
-        objective: The retriever's objective.
-        detach_hidden: Whether the retriever's loss stops at the hidden states.
     """
 
-    def __init__(
-        self,
-        network: TrainableMPlus,
-        source: EpisodeSource,
-        stage: SmallStage,
-        objective: RetrieverObjective = "contrastive",
-        detach_hidden: bool = True,
-    ) -> None:
+    def __init__(self, network: TrainableMPlus, source: EpisodeSource, stage: SmallStage) -> None:
         self._source = source
         self._stage = stage
         self._context = ContextTasks(network, source)
-        self._memory = MemoryTasks(network, source, stage, objective, detach_hidden)
+        self._memory = MemoryTasks(network, source, stage)
 
     def after_step(self) -> None:
         """Do nothing: what a step leaves for the next one is there when its loss is."""

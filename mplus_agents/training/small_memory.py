@@ -14,7 +14,7 @@ from mplus_agents.errors import ConfigError
 from mplus_agents.language import Fact, relation
 from mplus_agents.training.episodes import Chunk, EpisodeSource, Question, batch_prompts, find_tellers
 from mplus_agents.training.network import TrainableMPlus
-from mplus_agents.training.objectives import RetrieverLoss, RetrieverObjective, answer_loss
+from mplus_agents.training.objectives import RetrieverLoss, answer_loss
 from mplus_agents.training.small_context import NUM_TURNS
 from mplus_agents.training.small_metrics import accuracy_by_kind, exact_answers, retriever_recall
 from mplus_agents.training.small_stage import SmallStage
@@ -37,18 +37,9 @@ class MemoryTasks:
         network: The network.
         source: Where episodes come from.
         stage: The stage.
-        objective: The retriever's objective.
-        detach_hidden: Whether the retriever's loss stops at the hidden states.
     """
 
-    def __init__(
-        self,
-        network: TrainableMPlus,
-        source: EpisodeSource,
-        stage: SmallStage,
-        objective: RetrieverObjective,
-        detach_hidden: bool,
-    ) -> None:
+    def __init__(self, network: TrainableMPlus, source: EpisodeSource, stage: SmallStage) -> None:
         self._network, self._source, self._stage = network, source, stage
         memory = network.config.memory
         least, written = int(max(_K0_SHARES) * memory.num_retrieved), stage.num_chunks * memory.tokens_per_injection
@@ -57,8 +48,6 @@ class MemoryTasks:
                 f"recipe.num_chunks is {stage.num_chunks}, which write {written} memory tokens in a step; "
                 f"allowed are numbers that write {least}, which is 1.5 times K0, or more"
             )
-        self._objective: RetrieverObjective = objective
-        self._detach = detach_hidden
         self._queue: list[tuple[list[Chunk], torch.Tensor]] = []  # chunks with their tokens [L, c * K, d]
         self._tail: torch.Tensor | None = None  # [L, c, K, d], last step's tokens
         self._level, self._smoothed = 0, 0.0
@@ -148,7 +137,7 @@ class MemoryTasks:
         per_chunk = memory.tokens_per_injection
         owner = torch.arange(len(chunks)).repeat_interleave(per_chunk)
         positives = owner[None] == holder[:, None]
-        retriever_loss = RetrieverLoss(positives.to(pool[0].device), self._objective, self._detach)
+        retriever_loss = RetrieverLoss(positives.to(pool[0].device), stage.objective, stage.detach_hidden)
         share = rng.choice(_K0_SHARES)
         num_retrieved = int(share * memory.num_retrieved) if stage.kind == "long_term" else 0
         is_helped = torch.rand(len(asked)) < help_share

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from mplus_agents.training.objectives import RetrieverObjective
+
 StepKind = Literal["repeat", "recall", "context", "write", "theta", "long_term"]
 
 
@@ -29,6 +31,8 @@ class SmallStage:
         common_from: Share of common names and values at the first step; they are single tokens mostly.
         common_to: The same at the last step.
         easy_steps: `recall`: steps with values next to their names, before sentences come in over as many more.
+        objective: The retriever's objective.
+        detach_hidden: Whether the retriever's loss stops at the hidden states.
     """
 
     kind: StepKind
@@ -44,3 +48,5 @@ class SmallStage:
     common_from: float = 0.25
     common_to: float = 0.25
     easy_steps: int = 100
+    objective: RetrieverObjective = "contrastive"
+    detach_hidden: bool = True

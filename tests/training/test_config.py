@@ -147,7 +147,7 @@ def test_small_settings_are_those_of_the_recipe() -> None:
     fields = {
         field.name: field.default for field in dataclasses.fields(small_stage.SmallStage) if field.name not in of_loop
     }
-    own = set(SmallSettings.model_fields) - {"type", "objective", "detach_hidden"}
+    own = set(SmallSettings.model_fields) - {"type"}
     assert own == set(fields)
     kinds = SmallSettings.model_fields["kind"].annotation
     assert set(typing.get_args(kinds)) == set(typing.get_args(small_stage.StepKind))
