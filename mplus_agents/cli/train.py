@@ -16,8 +16,11 @@ from mplus_agents.errors import ConfigError
 
 if TYPE_CHECKING:
     from mplus_agents.training.config import StageConfig
+    from mplus_agents.training.dry_run import StageCost
     from mplus_agents.training.stage_run import StageResult
 
+# Of stage files; importing them from there would load PyTorch for every `--help`. A test compares them.
+STAGE_SUFFIXES = (".yaml", ".yml", ".toml")
 _NEEDED = {"accelerate": "accelerate", "peft": "peft", "yaml": "pyyaml"}
 
 
@@ -69,14 +72,30 @@ def train(
         raise ConfigError(f"two stages have the same name: {', '.join(names)}")
     if stage is not None and stage not in names:
         raise ConfigError(f"--stage is {stage!r}; allowed: {', '.join(names)}")
-    folder = output or Path("runs") / Path(recipe[0]).stem
+    folder = output or _default_output(recipe[0])
     chosen = [place for place, name in enumerate(names) if stage in (None, name)]
     if dry_run:
         _print_costs(stages, chosen, folder, as_json)
         return
-    done = [_train_stage(stages, place, folder, resume, as_json) for place in chosen]
+    _estimate(stages, chosen, folder)  # what does not fit a later stage is found before the first one is trained
+    replaced = [] if resume else [folder / str(stages[place].name) for place in chosen]
+    done = []
+    for place in chosen:
+        result = _train_stage(stages, place, folder, replaced)
+        replaced = []
+        done.append((str(stages[place].name), result))
+        if not as_json and _is_main_process():
+            typer.echo(_describe(*done[-1]))
+        if result.was_interrupted and place != chosen[-1]:
+            note("stopped before the next stage; the same command (not --fresh) goes on there")
+            raise typer.Exit(130)
     if as_json and _is_main_process():
-        print_json(done)
+        print_json([_to_json(*each) for each in done])
+
+
+def _default_output(recipe: str) -> Path:
+    path = Path(recipe)
+    return Path("runs") / (path.stem if path.suffix in STAGE_SUFFIXES else path.name)
 
 
 def _require_packages() -> None:
@@ -103,9 +122,7 @@ def _previous(stages: Sequence[StageConfig], place: int, folder: Path) -> Path |
     return folder / str(stages[place - 1].name) if place else None
 
 
-def _train_stage(
-    stages: Sequence[StageConfig], place: int, folder: Path, resume: bool, as_json: bool
-) -> dict[str, Any]:
+def _train_stage(stages: Sequence[StageConfig], place: int, folder: Path, replaced: Sequence[Path]) -> StageResult:
     from mplus_agents.training.loop import train as train_stage
     from mplus_agents.training.stage_run import TrainingInterruptedError
 
@@ -119,12 +136,13 @@ def _train_stage(
     on_log = None if sys.stderr.isatty() else report  # on a terminal there is a bar
     previous = _previous(stages, place, folder)
     try:
-        result = train_stage(stage, folder / name, previous=previous, resume=resume, on_log=on_log)
+        return train_stage(stage, folder / name, previous=previous, replace=replaced, on_log=on_log)
     except TrainingInterruptedError as stop:
         note(f"{name}: {stop}")
         raise typer.Exit(130) from stop
-    if not as_json and _is_main_process():
-        typer.echo(_describe(name, result))
+
+
+def _to_json(name: str, result: StageResult) -> dict[str, Any]:
     return {
         "stage": name,
         "model": str(result.model),
@@ -146,11 +164,19 @@ def _is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _print_costs(stages: Sequence[StageConfig], chosen: Sequence[int], folder: Path, as_json: bool) -> None:
+def _estimate(stages: Sequence[StageConfig], chosen: Sequence[int], folder: Path) -> list[StageCost]:
     from mplus_agents.training.dry_run import estimate
 
-    # A stage may get its shape from the one before, so that all up to the last one are looked at.
-    costs = [estimate(stages[: chosen[-1] + 1], folder)[place] for place in chosen]
+    # A stage gets its shape from the one before: of a stage alone, from what that one has made, if it has.
+    first = chosen[0]
+    previous = _previous(stages, first, folder)
+    if previous is not None and not (previous / "model" / "config.json").is_file():
+        return estimate(stages[: chosen[-1] + 1])[first:]
+    return estimate(stages[first : chosen[-1] + 1], previous)
+
+
+def _print_costs(stages: Sequence[StageConfig], chosen: Sequence[int], folder: Path, as_json: bool) -> None:
+    costs = _estimate(stages, chosen, folder)
     if as_json:
         print_json([cost.to_dict() for cost in costs])
         return

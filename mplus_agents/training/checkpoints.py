@@ -84,7 +84,8 @@ class CheckpointFolder:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _all(self) -> list[Path]:
-        return sorted(path for path in self.folder.glob(f"{_PREFIX}*") if path.is_dir())
+        found = self.folder.glob(f"{_PREFIX}*")
+        return sorted(path for path in found if path.name.removeprefix(_PREFIX).isdecimal() and path.is_dir())
 
 
 def save_values(values: Any, path: Path) -> None:
@@ -120,7 +121,7 @@ def load_values(path: Path) -> Any:
     """
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, UnpicklingError) as error:
+    except (OSError, RuntimeError, EOFError, ValueError, LookupError, UnpicklingError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(
             f"{path} cannot be read ({reason}); remove its folder to go on from the one before"

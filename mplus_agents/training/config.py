@@ -12,13 +12,15 @@ PREVIOUS = "previous"
 Precision = Literal["float32", "bf16_master", "bf16_autocast"]
 
 
+Prose = Literal["kjv", "jargon", "novel"]
+
+
 def _refuse_bool(value: Any) -> Any:
     if isinstance(value, bool):
         raise ValueError("a number")
     return value
 
 
-Whole = Annotated[int, Field(strict=True)]
 Positive = Annotated[int, Field(strict=True, gt=0)]
 NotNegative = Annotated[int, Field(strict=True, ge=0)]
 Flag = Annotated[bool, Field(strict=True)]
@@ -26,6 +28,9 @@ Flag = Annotated[bool, Field(strict=True)]
 Number = Annotated[float, BeforeValidator(_refuse_bool), Field(allow_inf_nan=False)]
 Share = Annotated[float, BeforeValidator(_refuse_bool), Field(ge=0, le=1)]
 NotNegativeNumber = Annotated[float, BeforeValidator(_refuse_bool), Field(ge=0, allow_inf_nan=False)]
+_Beta = Annotated[float, BeforeValidator(_refuse_bool), Field(ge=0, lt=1)]
+Seed = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
+Name = Annotated[str, Field(pattern=r"^[^./\\][^/\\]*$")]
 PositiveNumber = Annotated[float, BeforeValidator(_refuse_bool), Field(gt=0, allow_inf_nan=False)]
 
 
@@ -90,8 +95,8 @@ class TokenizerOptions(Section):
 
     vocab_size: Annotated[int, Field(strict=True, ge=258)] = 2048  # 256 bytes and two special tokens
     num_samples: NotNegative = 16_000
-    seed: Whole = 5
-    prose: tuple[str, ...] = ("kjv", "jargon")
+    seed: Seed = 5
+    prose: Annotated[tuple[Prose, ...], Field(min_length=1)] = ("kjv", "jargon")
     prose_chars: NotNegative = 600_000
     path: str | None = None
 
@@ -127,6 +132,10 @@ class NewModel(Section):
     def _check_heads(self) -> Self:
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads ({self.num_heads}) is no multiple of num_kv_heads ({self.num_kv_heads})")
+        if self.hidden_size % self.num_heads:
+            raise ValueError(f"hidden_size ({self.hidden_size}) is no multiple of num_heads ({self.num_heads})")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim ({self.head_dim}) is odd; RoPE turns pairs")
         return self
 
 
@@ -246,7 +255,7 @@ class DataSection(Section):
         sources: Where the document recipe takes its documents: fields of `SourceConfig`, one mapping per source.
     """
 
-    prose: tuple[Literal["kjv", "jargon", "novel"], ...] = ("kjv", "jargon")
+    prose: Annotated[tuple[Prose, ...], Field(min_length=1)] = ("kjv", "jargon")
     sources: tuple[dict[str, Any], ...] = ()
 
 
@@ -270,7 +279,7 @@ class OptimizerSection(Section):
     kind: Literal["adamw", "muon"] = "adamw"
     lr: PositiveNumber
     retriever_lr: PositiveNumber | None = None
-    betas: tuple[Share, Share] = (0.9, 0.98)
+    betas: tuple[_Beta, _Beta] = (0.9, 0.98)
     weight_decay: NotNegativeNumber = 0.01
     clip: PositiveNumber | None = 1.0
     warm_up_steps: NotNegative = 100
@@ -354,7 +363,7 @@ class StageConfig(Section):
         early_stop: Ends the stage early when it does not get better.
     """
 
-    name: str | None = None
+    name: Name | None = None
     model: ModelSection
     recipe: Annotated[SmallSettings | DocumentSettings, Field(discriminator="type")]
     data: DataSection = DataSection()
@@ -364,7 +373,7 @@ class StageConfig(Section):
     gradient_checkpointing: Flag = False
     gradient_accumulation: Positive = 1
     steps: Positive
-    seed: NotNegative = 0
+    seed: Seed = 0
     save_every: Positive = 250
     log_every: Positive = 25
     tensorboard: Flag = False

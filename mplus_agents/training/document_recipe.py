@@ -303,7 +303,7 @@ def build_document_recipe(
     """
     given = dict(options)
     dtype, device = given.pop("memory_dtype", None), given.pop("long_term_device", None)
-    if dtype is not None and dtype not in _DTYPES:
+    if dtype is not None and not (isinstance(dtype, str) and dtype in _DTYPES):
         raise ConfigError(f"memory_dtype is {dtype!r}; allowed: {', '.join(_DTYPES)}")
     try:
         long_term_device = None if device is None else torch.device(device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from random import Random
@@ -63,7 +64,8 @@ class DocumentStage:
             value = getattr(self, name)
             self._check(name, type(value) in (int, float) and 0 <= value <= 1, "0 to 1")
         is_number = type(self.retriever_weight) in (int, float)
-        self._check("retriever_weight", is_number and self.retriever_weight >= 0, "0 or more")
+        is_weight = is_number and 0 <= self.retriever_weight < math.inf
+        self._check("retriever_weight", is_weight, "a number from 0")
         size = self.max_short_term
         self._check("max_short_term", size is None or (type(size) is int and size >= 1), "a positive number, or None")
         for name, least in (("long_min_chunk_tokens", 2), ("refresh_keys_every", 0)):
@@ -74,9 +76,10 @@ class DocumentStage:
         self._check("two_chunk_read_adapter", self.two_chunk_read_adapter in get_args(ReadAdapter), "read or write")
         objectives = get_args(RetrieverObjective)
         self._check("retriever_objective", self.retriever_objective in objectives, " or ".join(objectives))
-        steps = [step for step, _ in self.max_chunks]
+        is_schedule = all(type(number) is int for pair in self.max_chunks for number in pair)
+        steps = [step for step, _ in self.max_chunks] if is_schedule else []
         is_schedule = bool(steps) and steps[0] == 0 and steps == sorted(set(steps))
-        is_schedule = is_schedule and all(type(most) is int and most >= 1 for _, most in self.max_chunks)
+        is_schedule = is_schedule and all(most >= 1 for _, most in self.max_chunks)
         self._check("max_chunks", is_schedule, "pairs of a step, ascending from 0, and a number of chunks")
 
     @classmethod

@@ -27,8 +27,8 @@ _PROSE_CHUNKS = 0.22  # shares; found by trying, they are not critical
 _DIALOGUES = 0.35
 _OWN_FACTS = 0.4  # of dialogues
 _DENSE = 0.3
-_UPDATES = 0.25
-_UNKNOWN = 0.12
+_UPDATES = 0.12
+_UNKNOWN = 0.08
 _TOLD_IN_WINDOW = 3.0  # times `chat_share`, of the prompts with text in front
 Key = tuple[str, str]
 

@@ -66,7 +66,7 @@ class TrainingLog:
         """Return the rows written so far."""
         if not self._path.is_file():
             return []
-        with self._path.open(newline="", encoding="utf-8") as file:
+        with self._path.open(newline="", encoding="utf-8", errors="replace") as file:
             return list(csv.DictReader(file))
 
     def cut(self, last_step: int) -> None:
@@ -77,7 +77,7 @@ class TrainingLog:
         """
         rows = self.rows()
         # A killed process may leave half a row, whose step is cut off or not a number.
-        kept = [row for row in rows if (row["step"] or "").isdigit() and None not in row.values()]
+        kept = [row for row in rows if (row.get("step") or "").isdecimal() and None not in row.values()]
         kept = [row for row in kept if int(row["step"]) <= last_step]
         if rows != kept:
             self._rewrite(kept)
@@ -132,7 +132,7 @@ class TrainingLog:
     def _columns(self) -> list[str]:
         if not self._path.is_file():
             return []
-        with self._path.open(newline="", encoding="utf-8") as file:
+        with self._path.open(newline="", encoding="utf-8", errors="replace") as file:
             return next(csv.reader(file), [])
 
     def _rewrite(self, rows: list[dict[str, str]]) -> None:

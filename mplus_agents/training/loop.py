@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from mplus_agents.training.assemble import build_recipe, carry_over, draw_seed
 from mplus_agents.training.build import build_network
 from mplus_agents.training.config import StageConfig
 from mplus_agents.training.folders import save_network
-from mplus_agents.training.stage_run import StageResult, read_result, remove_results
+from mplus_agents.training.stage_run import StageResult, check_output, locked, read_result, remove_results
 from mplus_agents.training.trainer import Trainer
 
 
@@ -23,7 +24,7 @@ def train(
     output: Path,
     *,
     previous: Path | None = None,
-    resume: bool = True,
+    replace: Sequence[Path] = (),
     on_log: Callable[[int, Mapping[str, float]], None] | None = None,
     show_progress: bool | None = None,
 ) -> StageResult:
@@ -35,7 +36,8 @@ def train(
         stage: The stage.
         output: Its folder: checkpoints, log, curves, and at the end the model in `model`.
         previous: Output folder of the stage before, for `start: previous`.
-        resume: Go on from what is there; if False, remove it and start anew.
+        replace: Folders of stages, this one's or those of later ones, whose results are removed when all settings have
+            been checked, before the first step.
         on_log: Called with steps and numbers at every line of the log.
         show_progress: Show a bar on stderr; if None, when that is a terminal.
 
@@ -45,17 +47,15 @@ def train(
     Raises:
         ConfigError: A setting is not allowed.
         CheckpointError: What to start or go on from is missing, damaged, or of another training.
-        TrainingError: The loss is not finite.
+        TrainingError: The loss is not finite, or another process is training there.
         TrainingInterruptedError: A signal asked to stop; a checkpoint was saved.
     """
     accelerator = make_accelerator(stage)
     is_main, rank = accelerator.is_main_process, accelerator.process_index
-    if not resume and is_main:
-        remove_results(output)
-    accelerator.wait_for_everyone()
-    finished = read_result(output, stage.steps)
+    finished = None if output in replace else read_result(output, stage)
     if finished is not None:
         return finished
+    check_output(output)
     network, codec = build_network(stage, previous)
     network.to(accelerator.device)
     recipe = build_recipe(stage, network, codec, rank, accelerator.num_processes)
@@ -67,7 +67,12 @@ def train(
     def save(folder: Path, weights: Mapping[str, torch.Tensor]) -> None:
         save_network(network, codec, folder, weights)
 
-    return Trainer(network, recipe, stage, output, accelerator, save, on_log, show_progress).run()
+    with locked(output) if is_main else nullcontext():
+        if is_main:
+            for folder in replace:
+                remove_results(folder)
+        accelerator.wait_for_everyone()
+        return Trainer(network, recipe, stage, output, accelerator, save, on_log, show_progress).run()
 
 
 def make_accelerator(stage: StageConfig) -> Any:

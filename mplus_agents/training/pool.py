@@ -235,7 +235,8 @@ class MemoryPool:
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """Take over a state, of the same stage or an earlier one.
 
-        A θ that is larger than this pool's loses the surplus at the next injection, to Θ if there is one.
+        A θ that is larger than this pool's loses the surplus at the next injection, to Θ if there is one. Of a Θ that
+        is larger than this pool's the newest tokens are taken over.
 
         Args:
             state: What `state_dict` returned.
@@ -243,10 +244,14 @@ class MemoryPool:
         Raises:
             CheckpointError: It is of a memory of another shape.
         """
-        theta, long_hidden, long_keys = state["theta"], state["long_hidden"], state["long_keys"]
-        shape, size = self.shape, long_hidden.shape[1]
+        shape = self.shape
+        num_kept = min(state["long_births"].shape[1], shape.max_long_term)
+        newest = state["long_births"].topk(num_kept, dim=1).indices.sort(dim=1).values
+        kept = {name: _rows_of(state[name], newest) for name in _LONG_TERM}
+        theta, long_hidden, long_keys = state["theta"], kept["long_hidden"], kept["long_keys"]
+        size = long_hidden.shape[1]
         fits = (theta.shape[0], theta.shape[2]) == (shape.num_layers, shape.hidden_size)
-        if not fits or size > shape.max_long_term or (size and long_keys.shape[2] != shape.retrieval_dim):
+        if not fits or (size and long_keys.shape[2] != shape.retrieval_dim):
             found = [list(tensor.shape) for tensor in (theta, long_hidden, long_keys)]
             raise CheckpointError(f"a carried memory of shapes {found} does not fit {shape}")
         self.num_injections, self.num_documents = state["counts"].tolist()
@@ -257,7 +262,7 @@ class MemoryPool:
         if size:
             self._grow(size)
             for name in _LONG_TERM:
-                getattr(self, f"_{name}")[:, :size] = state[name]
+                getattr(self, f"_{name}")[:, :size] = kept[name]
             self._size = size
 
     def _store(
@@ -293,3 +298,8 @@ class MemoryPool:
             grown = buffer.new_empty((buffer.shape[0], capacity, *buffer.shape[2:]))
             grown[:, :old] = buffer
             setattr(self, f"_{name}", grown)
+
+
+def _rows_of(tensor: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """Pick rows by layer: of [L, m, ...] and [L, n] make [L, n, ...]."""
+    return torch.stack([rows[chosen.to(rows.device)] for rows, chosen in zip(tensor, places, strict=True)])

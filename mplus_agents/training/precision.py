@@ -18,7 +18,8 @@ from mplus_agents.errors import CheckpointError
 class MasterWeights:
     """Float32 weights of everything trained; the network itself becomes the working copy.
 
-    Weights that are not trained have no master. Buffers, such as RoPE's frequencies, keep their precision.
+    Weights that are not trained have no master; where rounding them loses something, their original is kept in main
+    memory, to be saved. Buffers, such as RoPE's frequencies, keep their precision.
 
     Args:
         network: The network, its trained weights in float32. It is changed in place.
@@ -29,7 +30,10 @@ class MasterWeights:
         trained = {name: weight for name, weight in network.named_parameters() if weight.requires_grad}
         self._working = list(trained.values())
         self.weights = {name: nn.Parameter(weight.detach().float().clone()) for name, weight in trained.items()}
-        for weight in network.parameters():
+        self.originals: dict[str, torch.Tensor] = {}
+        for name, weight in network.named_parameters():
+            if not weight.requires_grad and weight.dtype != dtype:
+                self.originals[name] = weight.detach().cpu().clone()
             weight.data = weight.data.to(dtype)
 
     def collect_gradients(self) -> None:

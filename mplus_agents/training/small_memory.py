@@ -20,6 +20,7 @@ from mplus_agents.training.small_metrics import accuracy_by_kind, exact_answers,
 from mplus_agents.training.small_stage import SmallStage
 from mplus_agents.training.world import Histories, WorldMemory, draw_histories, draw_theta
 
+_SHORTEST_CHUNK = 20  # tokens
 _FULL_CHUNKS = 0.6  # share of the steps; the others have shorter ones
 _FIRST_WRITES = 0.06  # share of the steps that write into an empty memory
 _LEVELS = (1, 2, 4, 8)  # chunks in θ, while writing is learned
@@ -42,6 +43,11 @@ class MemoryTasks:
     def __init__(self, network: TrainableMPlus, source: EpisodeSource, stage: SmallStage) -> None:
         self._network, self._source, self._stage = network, source, stage
         memory = network.config.memory
+        if network.config.chunk_tokens < 1.5 * _SHORTEST_CHUNK:
+            raise ConfigError(
+                f"memory.chunk_tokens is {network.config.chunk_tokens}; "
+                f"allowed for the small recipe: {int(1.5 * _SHORTEST_CHUNK)} or more"
+            )
         least, written = int(max(_K0_SHARES) * memory.num_retrieved), stage.num_chunks * memory.tokens_per_injection
         if stage.kind == "long_term" and written < least:
             raise ConfigError(
@@ -68,10 +74,15 @@ class MemoryTasks:
             state: What `state_dict` returned.
         """
         device = self._network.bos_embedding.device
+        per_chunk = self._network.config.memory.tokens_per_injection
+        # A stage before may have written fewer tokens per chunk; those cannot lie beside the new ones.
         self._queue = [
-            ([_from_plain(chunk) for chunk in chunks], tokens.to(device)) for chunks, tokens in state["queue"]
+            ([_from_plain(chunk) for chunk in chunks], tokens.to(device))
+            for chunks, tokens in state["queue"]
+            if tokens.shape[1] == len(chunks) * per_chunk
         ]
-        self._tail = None if state["tail"] is None else state["tail"].to(device)
+        tail = state["tail"]
+        self._tail = tail.to(device) if tail is not None and tail.shape[2] == per_chunk else None
         self._level, self._smoothed = state["level"]
 
     def write_only(self) -> tuple[torch.Tensor, dict[str, float]]:
@@ -169,9 +180,9 @@ class MemoryTasks:
         stage, rng = self._stage, self._source.rng
         num_tokens = self._network.config.chunk_tokens
         if stage.kind == "write" and self._level == 0:
-            num_tokens = rng.randint(20, num_tokens * 2 // 3)  # what is short is learned first
+            num_tokens = rng.randint(_SHORTEST_CHUNK, num_tokens * 2 // 3)  # what is short is learned first
         elif rng.random() > _FULL_CHUNKS:
-            num_tokens = rng.randint(20, num_tokens)
+            num_tokens = rng.randint(_SHORTEST_CHUNK, num_tokens)
         chunks = self._source.draw_chunks(stage.num_chunks, num_tokens)
         tail = None
         if self._tail is not None and rng.random() >= _FIRST_WRITES:

@@ -15,7 +15,7 @@ from mplus_agents.errors import ConfigError
 from mplus_agents.training.config import DataSection, DocumentSettings, SmallSettings, StageConfig
 
 RECIPES = Path(__file__).parent / "recipes"
-_SUFFIXES = (".yaml", ".yml", ".toml")
+STAGE_SUFFIXES = (".yaml", ".yml", ".toml")
 _ALLOWED = {  # pydantic's words for those that are not of this trade
     "int_type": "a whole number",
     "bool_type": "true or false",
@@ -25,6 +25,7 @@ _ALLOWED = {  # pydantic's words for those that are not of this trade
     "tuple_type": "a list",
     "float_type": "a number",
     "float_parsing": "a number",
+    "string_pattern_mismatch": "a name for a folder, without slashes and without a dot in front",
 }
 _TAGS: dict[str, type[BaseModel]] = {"small": SmallSettings, "document": DocumentSettings}
 
@@ -72,7 +73,8 @@ def load_stage(path: Path, overrides: Sequence[str] = ()) -> StageConfig:
     values = _read(path)
     for override in overrides:
         _override(values, override)
-    values.setdefault("name", path.stem)
+    if values.get("name") is None:
+        values["name"] = path.stem
     return parse_stage(values, str(path))
 
 
@@ -114,7 +116,7 @@ def _check_documents(recipe: DocumentSettings, data: DataSection, source: str) -
 
 
 def _stage_files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.suffix in _SUFFIXES)
+    return sorted(path for path in folder.iterdir() if path.suffix in STAGE_SUFFIXES)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -148,9 +150,25 @@ def parse_yaml(text: str, source: str) -> Any:
     except ImportError as error:
         raise ConfigError("reading YAML needs PyYAML: pip install 'mplus-agents[train]'") from error
     try:
-        return yaml.safe_load(text)
+        nodes = yaml.compose(text, yaml.SafeLoader)
+        values = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"{source} is not YAML: {' '.join(str(error).split())}") from error
+    _check_keys(nodes, source)
+    return values
+
+
+def _check_keys(node: Any, source: str) -> None:
+    """Refuse keys that stand twice in a mapping, of which YAML takes the last one without a word."""
+    if not isinstance(getattr(node, "value", None), list):
+        return
+    pairs = [item for item in node.value if isinstance(item, tuple)]
+    keys = [key.value for key, _ in pairs]
+    twice = next((key for place, key in enumerate(keys) if key in keys[:place]), None)
+    if twice is not None:
+        raise ConfigError(f"{source}: the key {twice!r} is given twice")
+    for child in [value for _, value in pairs] or node.value:
+        _check_keys(child, source)
 
 
 def _override(values: dict[str, Any], override: str) -> None:

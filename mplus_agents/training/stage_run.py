@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
 
-from mplus_agents.errors import CheckpointError, MPlusError
+from mplus_agents.errors import CheckpointError, ConfigError, MPlusError
+from mplus_agents.training.checkpoints import write_atomically
 from mplus_agents.training.config import StageConfig
 
 Reason = Literal["steps", "stop_when", "early_stop"]
@@ -59,6 +62,7 @@ class StageResult:
         reason: Why it ended.
         metrics: The last row of the log.
         was_finished: Whether it had been finished before, and nothing was done.
+        was_interrupted: Whether a signal asked to stop while it came to its end.
     """
 
     model: Path
@@ -66,22 +70,74 @@ class StageResult:
     reason: Reason
     metrics: dict[str, float]
     was_finished: bool = False
+    was_interrupted: bool = False
 
 
-def read_result(output: Path, num_steps: int = 0) -> StageResult | None:
-    """Return how a stage ended; None if it has not.
+def read_result(output: Path, stage: StageConfig) -> StageResult | None:
+    """Return how a stage ended; None if it has not, or would go on with the settings of now.
 
     Args:
         output: The stage's folder.
-        num_steps: Steps wanted; a stage that ended after fewer, as no more were wanted, has not ended.
+        stage: The settings now.
+
+    Raises:
+        CheckpointError: It was trained with other settings, or its result cannot be read.
     """
     path = output / RESULT
     if not path.is_file() or not (output / MODEL / "config.json").is_file():
         return None
-    values = json.loads(path.read_text(encoding="utf-8"))
-    if values["reason"] == "steps" and values["num_steps"] < num_steps:
+    values = read_values(path, ("num_steps", "reason", "metrics", "stage"))
+    check_settings(values["stage"], stage, output)
+    if not has_ended(values["reason"], values["num_steps"], values["stage"], stage):
         return None
     return StageResult(output / MODEL, values["num_steps"], values["reason"], values["metrics"], was_finished=True)
+
+
+def has_ended(reason: Reason | None, num_steps: int, before: Mapping[str, Any], stage: StageConfig) -> bool:
+    """Tell whether what ended a training ends it with the settings of now as well.
+
+    Args:
+        reason: Why it ended; None if it did not.
+        num_steps: Steps done.
+        before: The settings then.
+        stage: The settings now.
+    """
+    if reason is None or reason == "steps":
+        return num_steps >= stage.steps
+    return bool(before.get(reason) == stage.model_dump(mode="json")[reason])  # a rule is called as its key
+
+
+def write_result(output: Path, result: StageResult, stage: StageConfig) -> None:
+    """Write what `read_result` reads.
+
+    Args:
+        output: The stage's folder.
+        result: How the stage ended.
+        stage: Its settings.
+    """
+    values = {"num_steps": result.num_steps, "reason": result.reason, "metrics": result.metrics}
+    text = json.dumps({**values, "stage": stage.model_dump(mode="json")}, indent=1) + "\n"
+    write_atomically(output / RESULT, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def read_values(path: Path, keys: Sequence[str]) -> dict[str, Any]:
+    """Read a JSON file of training.
+
+    Args:
+        path: The file.
+        keys: What it must hold.
+
+    Raises:
+        CheckpointError: It is missing or damaged.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); remove {path.parent} to do without it") from error
+    missing = [key for key in keys if not isinstance(values, dict) or key not in values]
+    if missing:
+        raise CheckpointError(f"{path} holds no {missing[0]!r}; remove {path.parent} to do without it")
+    return dict(values)
 
 
 def remove_results(output: Path) -> None:
@@ -96,25 +152,60 @@ def remove_results(output: Path) -> None:
         shutil.rmtree(output / name, ignore_errors=True)
 
 
-def check_same(state: Mapping[str, Any], stage: StageConfig, num_processes: int, newest: Path) -> None:
-    """Refuse to go on from another training's checkpoint.
+def check_settings(before: Mapping[str, Any], stage: StageConfig, where: Path) -> None:
+    """Refuse what another training made.
 
     Args:
-        state: What the checkpoint says of itself.
+        before: The settings that it was made with.
         stage: The settings now.
-        num_processes: The processes now.
-        newest: The checkpoint, for the message.
+        where: A checkpoint or a stage's folder, for the message.
 
     Raises:
-        CheckpointError: Settings that decide the result differ, or the number of processes does.
+        CheckpointError: Settings that decide the result differ.
     """
     now = stage.model_dump(mode="json")
-    changed = [key for key in now if key not in _FREE_KEYS and now[key] != state["stage"].get(key)]
+    changed = [key for key in now if key not in _FREE_KEYS and now[key] != before.get(key)]
     if changed:
-        listed = "; ".join(f"{key}: {state['stage'].get(key)} before, {now[key]} now" for key in changed)
-        raise CheckpointError(f"{newest} was made with other settings ({listed}); start anew with --fresh or elsewhere")
-    if state["num_processes"] != num_processes:
-        raise CheckpointError(f"{newest} was made by {state['num_processes']} processes; there are {num_processes} now")
+        listed = "; ".join(f"{key}: {before.get(key)} before, {now[key]} now" for key in changed)
+        raise CheckpointError(f"{where} was made with other settings ({listed}); start anew with --fresh or elsewhere")
+
+
+def check_output(output: Path) -> None:
+    """Check that a stage's folder can be written, before hours are spent on what goes there.
+
+    Args:
+        output: The folder; it need not exist.
+
+    Raises:
+        ConfigError: It is no folder, or may not be written.
+    """
+    nearest = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise ConfigError(f"output is {str(output)!r}; allowed: a folder that can be written, which {nearest} is not")
+
+
+@contextmanager
+def locked(output: Path) -> Iterator[None]:
+    """Keep other trainings out of a stage's folder.
+
+    Args:
+        output: The folder; made if it is missing.
+
+    Raises:
+        TrainingError: Another process is training there.
+    """
+    from filelock import FileLock, Timeout
+
+    output.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(output / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise TrainingError(f"another process is training in {output}; wait for it, or write elsewhere") from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def generator_states() -> dict[str, Any]:

@@ -7,19 +7,19 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import nn
 
-from mplus_agents.errors import ConfigError
+from mplus_agents.errors import CheckpointError, ConfigError
 from mplus_agents.training.checkpoints import (
     CheckpointFolder,
     load_values,
     replace_folder,
     save_values,
-    write_atomically,
 )
 from mplus_agents.training.config import EarlyStop, StageConfig, StopWhen
 from mplus_agents.training.log import Means, TrainingLog
@@ -28,15 +28,17 @@ from mplus_agents.training.precision import MasterWeights, load_weights
 from mplus_agents.training.signals import StopSignals
 from mplus_agents.training.stage_run import (
     MODEL,
-    RESULT,
     Reason,
     Recipe,
     StageResult,
     TrainingError,
     TrainingInterruptedError,
-    check_same,
+    check_settings,
     generator_states,
+    has_ended,
+    read_values,
     set_generator_states,
+    write_result,
 )
 
 _STATE, _WEIGHTS, _SHARDS = "state.json", "weights.pt", "shards"
@@ -116,15 +118,17 @@ class Trainer:
             self._reason = "steps"
         self._network.train()
         started = time.monotonic() - self._seconds
-        with StopSignals() as signals, self._progress() as bar:
-            while not self._is_at_end():
-                metrics = self._train_step(signals)
-                self._seconds = time.monotonic() - started
-                self._take_note(metrics)
-                bar.update(1)
-                if not self._is_at_end():
-                    self._save_if_due(signals)
-        return self._finish()
+        with StopSignals() as signals:
+            with self._progress() as bar:
+                while not self._is_at_end():
+                    metrics = self._train_step(signals)
+                    self._seconds = time.monotonic() - started
+                    self._take_note(metrics)
+                    bar.update(1)
+                    if not self._is_at_end():
+                        self._save_if_due(signals)
+            result = self._finish()
+        return replace(result, was_interrupted=signals.is_raised or signals.is_agreed)
 
     def _is_at_end(self) -> bool:
         return self._reason is not None
@@ -134,7 +138,7 @@ class Trainer:
             self._save()
         if signals.is_agreed:
             raise TrainingInterruptedError(
-                f"stopped after step {self._step:,}, which is saved; the same command goes on from there"
+                f"stopped after step {self._step:,}, which is saved; the same command (not --fresh) goes on from there"
             )
 
     def _prepare(self) -> tuple[nn.Module, Any]:
@@ -172,8 +176,7 @@ class Trainer:
                 self._masters.collect_gradients()
             self._recipe.after_step()
         values = sums.take()
-        if stage.optimizer.clip is not None:
-            values["grad_norm"] = self._clip(stage.optimizer.clip)
+        values["grad_norm"] = self._clip(stage.optimizer.clip or math.inf)
         self._optimizer.step()
         if self._masters is not None:
             self._masters.copy_to_working()
@@ -298,8 +301,11 @@ class Trainer:
             if self._accelerator.is_main_process:
                 self._log.cut(0)
             return
-        state = json.loads((newest / _STATE).read_text(encoding="utf-8"))
-        check_same(state, self._stage, self._accelerator.num_processes, newest)
+        state = read_values(newest / _STATE, tuple(self._state()))
+        check_settings(state["stage"], self._stage, newest)
+        if state["num_processes"] != self._accelerator.num_processes:
+            made_by, there_are = state["num_processes"], self._accelerator.num_processes
+            raise CheckpointError(f"{newest} was made by {made_by} processes; there are {there_are} now")
         if self._is_sharded:
             self._accelerator.load_state(str(newest / _SHARDS))
         else:
@@ -312,8 +318,8 @@ class Trainer:
         own = load_values(newest / f"process-{self._accelerator.process_index}.pt")
         self._recipe.load_state_dict(own["recipe"])
         self._step, self._seconds = state["step"], state["seconds"]
-        # More steps may be wanted now than when it ended.
-        self._reason = None if state["reason"] == "steps" else state["reason"]
+        is_at_end = has_ended(state["reason"], self._step, state["stage"], self._stage)
+        self._reason = state["reason"] if is_at_end else None
         self._best, self._num_worse, self._last_row = state["best"], state["num_worse"], state["last_row"]
         self._means.load_state_dict(state["means"])
         self._stop_means.load_state_dict(state["stop_means"])
@@ -330,9 +336,7 @@ class Trainer:
         result = StageResult(self._output / MODEL, self._step, self._reason, self._last_row)
         if self._accelerator.is_main_process:
             replace_folder(result.model, lambda folder: self._save_model(folder, weights))
-            values = {"num_steps": result.num_steps, "reason": result.reason, "metrics": result.metrics}
-            text = json.dumps(values, indent=1) + "\n"
-            write_atomically(self._output / RESULT, lambda path: path.write_text(text, encoding="utf-8"))
+            write_result(self._output, result, self._stage)
         self._log.close()
         self._accelerator.wait_for_everyone()
         return result
@@ -341,8 +345,11 @@ class Trainer:
         if self._is_sharded:
             full = cast(dict[str, torch.Tensor], self._accelerator.get_state_dict(self._module))
             return {name.removeprefix("network."): weight for name, weight in full.items()}
-        masters = {} if self._masters is None else self._masters.weights
-        return {**self._network.state_dict(), **{name: weight.detach() for name, weight in masters.items()}}
+        whole = self._network.state_dict()
+        if self._masters is None:
+            return whole
+        masters = {name: weight.detach() for name, weight in self._masters.weights.items()}
+        return {**whole, **self._masters.originals, **masters}
 
     def _progress(self) -> Any:
         from tqdm.auto import tqdm

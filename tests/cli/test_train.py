@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import pytest
 import yaml
 
 from mplus_agents.cli import train as command
+from mplus_agents.training.stage_files import STAGE_SUFFIXES
 from tests.cli.conftest import Run
 from tests.training.stages import stage_values
 
@@ -36,6 +39,23 @@ def recipe(tmp_path: Path) -> Path:
 def write(path: Path, values: dict[str, Any]) -> None:
     values = {key: value for key, value in values.items() if key != "name"}
     path.write_text(yaml.safe_dump(values), encoding="utf-8")
+
+
+@contextmanager
+def interrupted_at_step(last: int) -> Iterator[None]:
+    """Send this process a Ctrl-C in the middle of a step."""
+    from mplus_agents.training.small import SmallRecipe
+
+    real = SmallRecipe.loss
+
+    def loss(self: SmallRecipe, step: int) -> Any:
+        if step == last:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(self, step)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SmallRecipe, "loss", loss)
+        yield
 
 
 def test_trains_all_stages_and_what_comes_out_answers(mplus: Run, recipe: Path) -> None:
@@ -85,21 +105,71 @@ def test_missing_packages_are_named(mplus: Run, monkeypatch: pytest.MonkeyPatch)
     assert result.stderr == "mplus: error: training needs accelerate, pyyaml: pip install 'mplus-agents[train]'\n"
 
 
-def test_interrupted_it_says_how_to_go_on(mplus: Run, recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mplus_agents.training.small import SmallRecipe
-
-    real = SmallRecipe.loss
-
-    def loss(self: SmallRecipe, step: int) -> Any:
-        if step == 2:
-            os.kill(os.getpid(), signal.SIGINT)
-        return real(self, step)
-
-    monkeypatch.setattr(SmallRecipe, "loss", loss)
-    result = mplus("train", str(recipe))
+def test_interrupted_it_says_how_to_go_on(mplus: Run, recipe: Path) -> None:
+    with interrupted_at_step(2):
+        result = mplus("train", str(recipe))
     assert result.exit_code == 130
-    assert "1-repeat: stopped after step 3, which is saved; the same command goes on from there" in result.stderr
+    assert (
+        "1-repeat: stopped after step 3, which is saved; the same command (not --fresh) goes on from there"
+        in result.stderr
+    )
     assert Path("runs/mine/1-repeat/checkpoints/step-00000003").is_dir()
+
+
+def test_other_settings_are_refused_even_when_all_is_trained(mplus: Run, recipe: Path) -> None:
+    assert mplus("train", str(recipe)).exit_code == 0
+    result = mplus("train", str(recipe), "--set", "1-repeat:seed=7")
+    assert result.exit_code == 1
+    assert "1-repeat was made with other settings (seed: 0 before, 7 now)" in result.stderr
+
+
+def test_fresh_replaces_later_stages_too(mplus: Run, recipe: Path) -> None:
+    assert mplus("train", str(recipe)).exit_code == 0
+    later = Path("runs/mine/2-long-term/model/model.safetensors")
+    before = later.read_bytes()
+    wrong = mplus("train", str(recipe), "--fresh", "--set", "2-long-term:model.start.memory.tokens_per_injection=2")
+    assert wrong.exit_code == 1
+    assert "tokens_per_injection is 2; allowed: 4 or more" in wrong.stderr
+    assert later.read_bytes() == before  # nothing was lost by a wrong setting
+
+    with interrupted_at_step(2):
+        fresh = mplus("train", str(recipe), "--fresh", "--set", "seed=3")
+    assert fresh.exit_code == 130
+    assert not later.exists()
+    assert mplus("train", str(recipe), "--set", "seed=3").exit_code == 0
+    assert later.read_bytes() != before
+
+
+def test_interrupted_at_the_end_of_a_stage_the_next_one_waits(mplus: Run, recipe: Path) -> None:
+    with interrupted_at_step(4):
+        result = mplus("train", str(recipe))
+    assert result.exit_code == 130
+    assert result.stdout.startswith("1-repeat: 5 steps")
+    assert "stopped before the next stage" in result.stderr
+    assert not Path("runs/mine/2-long-term").exists()
+    assert mplus("train", str(recipe)).exit_code == 0
+
+
+def test_more_tokens_per_injection_than_the_stage_before(mplus: Run, recipe: Path) -> None:
+    start = {"path": "previous", "memory": {"tokens_per_injection": 8, "max_short_term": 32}}
+    values = stage_values(model={"start": start}, recipe={**SMALL_WORLD, "kind": "long_term"}, steps=2)
+    write(recipe / "3-more-tokens.yaml", values)
+    result = mplus("train", str(recipe))
+    assert result.exit_code == 0, result.output
+
+
+def test_where_it_writes() -> None:
+    assert command._default_output("my/stage.yaml") == Path("runs/stage")
+    assert command._default_output("llama-3.1-8b") == Path("runs/llama-3.1-8b")
+    assert command.STAGE_SUFFIXES == STAGE_SUFFIXES
+
+
+def test_output_that_is_a_file(mplus: Run, recipe: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine", encoding="utf-8")
+    result = mplus("train", str(recipe), "--output", str(tmp_path / "file"))
+    assert result.exit_code == 1
+    assert "allowed: a folder that can be written" in result.stderr
+    assert (tmp_path / "file").read_text(encoding="utf-8") == "mine"
 
 
 @pytest.mark.slow

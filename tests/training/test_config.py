@@ -15,12 +15,13 @@ from mplus_agents.training import small_stage
 from mplus_agents.training.config import DocumentSettings, OptimizerSection, SmallSettings, memory_config
 from mplus_agents.training.document_stage import PAPER_STAGES, DocumentStage
 from mplus_agents.training.stage_files import find_stages, load_stage, parse_stage, ready_recipes
-from tests.training.stages import stage_values
+from tests.training.stages import TINY_MODEL, stage_values
 
 READY = [path for paths in ready_recipes().values() for path in paths]
 SMALL = {"type": "small", "kind": "write"}
 DOCUMENT = {"type": "document", "options": {"paper_stage": 1}}
 FOLDER = {"sources": [{"location": "texts"}]}
+NEW = TINY_MODEL["new"]
 
 
 @pytest.mark.parametrize(
@@ -48,6 +49,16 @@ FOLDER = {"sources": [{"location": "texts"}]}
         ({"recipe": DOCUMENT}, "data.sources is empty; allowed: at least one folder or dataset"),
         ({"recipe": {"type": "document", "options": {"plain": 1}}, "data": FOLDER}, "recipe.options: document recipe"),
         ({"recipe": DOCUMENT, "data": {"sources": [{"place": "x"}]}}, "data.sources: source: unknown key 'place'"),
+        ({"name": "../x"}, "name is '../x'; allowed: a name for a folder"),
+        ({"name": ""}, "name is ''; allowed: a name for a folder"),
+        ({"seed": 2**70}, "seed is 1180591620717411303424; allowed: "),
+        ({"optimizer": {"lr": 1, "betas": [0.9, 1]}}, "optimizer.betas.1 is 1; allowed: less than 1"),
+        ({"data": {"prose": []}}, "data.prose is []; allowed: "),
+        ({"model": {"new": {**NEW, "head_dim": 15}}}, "head_dim (15) is odd"),
+        ({"model": {"new": {**NEW, "hidden_size": 33}}}, "hidden_size (33) is no multiple of num_heads (2)"),
+        ({"model": {"new": {**NEW, "tokenizer": {"prose": ["foo"]}}}}, "tokenizer.prose.0 is 'foo'; allowed: 'kjv'"),
+        ({"recipe": {**DOCUMENT, "options": {"max_chunks": [[0, 1], ["b", 2]]}}, "data": FOLDER}, "max_chunks is"),
+        ({"recipe": {**DOCUMENT, "options": {"retriever_weight": float("inf")}}, "data": FOLDER}, "a number from 0"),
     ],
 )
 def test_mistakes_are_named(changes: dict[str, Any], message: str) -> None:
@@ -90,7 +101,8 @@ def test_changes_from_the_command_line(tmp_path: Path) -> None:
 
 def test_files_that_are_none(tmp_path: Path) -> None:
     broken = tmp_path / "broken.yaml"
-    for text, message in (("a: [", "is not YAML"), ("- 1", "holds no keys")):
+    twice = "a: {b: [{c: 1, c: 2}]}"
+    for text, message in (("a: [", "is not YAML"), ("- 1", "holds no keys"), (twice, "'c' is given twice")):
         broken.write_text(text, encoding="utf-8")
         with pytest.raises(ConfigError, match=message):
             load_stage(broken)

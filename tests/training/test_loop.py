@@ -18,7 +18,7 @@ import torch
 from mplus_agents.errors import CheckpointError
 from mplus_agents.training import checkpoints
 from mplus_agents.training.checkpoints import CheckpointFolder, load_values, save_values
-from mplus_agents.training.stage_run import TrainingError, TrainingInterruptedError, read_result
+from mplus_agents.training.stage_run import TrainingError, TrainingInterruptedError, locked, read_result
 from tests.store.kill_harness import Acknowledge, InTransaction, run_until_killed
 from tests.training.stages import ToyNetwork, ToyRecipe, assert_equal_weights, stage, toy_trainer, toy_weights
 
@@ -84,10 +84,10 @@ def test_stopped_at_any_step_it_goes_on_bit_for_bit(tmp_path: Path, precision: s
         if steps < 8:
             with pytest.raises(TrainingInterruptedError, match=f"after step {steps}, which is saved"):
                 trainer.run()
-            assert read_result(output) is None
+            assert read_result(output, stage(precision=precision)) is None
             toy_trainer(output, stage(precision=precision)).run()
         else:
-            trainer.run()  # a wish to stop at the last step ends nothing early
+            assert trainer.run().was_interrupted  # a wish to stop at the last step ends nothing early
         assert_equal_weights(toy_weights(output), toy_weights(tmp_path / "whole"))
         assert rows_of(output) == rows_of(tmp_path / "whole")
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
@@ -168,6 +168,8 @@ def test_other_settings_do_not_go_on(tmp_path: Path) -> None:
     toy_trainer(tmp_path, stage()).run()
     with pytest.raises(CheckpointError, match="seed: 0 before, 1 now"):
         toy_trainer(tmp_path, stage(seed=1)).run()
+    with pytest.raises(CheckpointError, match=f"{tmp_path} was made with other settings .seed: 0 before, 1 now"):
+        read_result(tmp_path, stage(seed=1))
     toy_trainer(tmp_path, stage(log_every=1)).run()
 
 
@@ -177,6 +179,42 @@ def test_damaged_checkpoint_is_named(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(CheckpointError, match=r"step-00000008/weights\.pt cannot be read"):
         toy_trainer(tmp_path, stage()).run()
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"step": 8'])
+def test_damaged_state_is_named(tmp_path: Path, text: str) -> None:
+    toy_trainer(tmp_path, stage()).run()
+    (tmp_path / "checkpoints" / "step-00000008" / "state.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"step-00000008/state\.json (cannot be read|holds no)"):
+        toy_trainer(tmp_path, stage()).run()
+    (tmp_path / "result.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"result\.json (cannot be read|holds no)"):
+        read_result(tmp_path, stage())
+
+
+def test_what_is_no_checkpoint_is_left_alone(tmp_path: Path) -> None:
+    toy_trainer(tmp_path, stage(save_every=1)).run()
+    other = tmp_path / "checkpoints" / "step-old"
+    other.mkdir()
+    (tmp_path / "log.csv").write_bytes(b"a,b\n1,\xff\n")  # not ours any more
+    toy_trainer(tmp_path, stage(steps=9, save_every=1)).run()
+    assert other.is_dir()
+    assert [row["step"] for row in rows_of(tmp_path)] == ["9"]
+
+
+def test_one_training_at_a_time(tmp_path: Path) -> None:
+    with locked(tmp_path), pytest.raises(TrainingError, match="another process is training in"), locked(tmp_path):
+        pass
+    with locked(tmp_path):  # free again
+        pass
+
+
+def test_gradient_that_is_not_finite_is_noticed_without_clipping(tmp_path: Path) -> None:
+    network = ToyNetwork()
+    next(network.parameters()).register_hook(lambda gradient: gradient * float("nan"))
+    recipe = ToyRecipe(network)
+    with pytest.raises(TrainingError, match="gradient's norm is nan at step 1"):
+        toy_trainer(tmp_path, stage(optimizer={"lr": 0.01, "clip": None}), recipe).run()
 
 
 class _Anything:
@@ -199,9 +237,20 @@ def test_stop_when_the_aim_is_reached(tmp_path: Path) -> None:
     rule = {"metric": "step_number", "value": 3.4, "mean_over": 2}  # means: 0.5, 2.5, 4.5
     result = toy_trainer(tmp_path, stage(stop_when=rule)).run()
     assert (result.num_steps, result.reason) == (6, "stop_when")
-    again = read_result(tmp_path)
+    again = read_result(tmp_path, stage(stop_when=rule))
     assert again is not None
     assert (again.num_steps, again.reason, again.was_finished) == (6, "stop_when", True)
+
+
+@pytest.mark.parametrize("rule", [{"metric": "step_number", "value": 9.0}, None])
+def test_another_aim_goes_on(tmp_path: Path, rule: dict[str, Any] | None) -> None:
+    toy_trainer(tmp_path / "whole", stage()).run()
+    output, first = tmp_path / "out", {"metric": "step_number", "value": 3.4, "mean_over": 2}
+    assert toy_trainer(output, stage(stop_when=first)).run().num_steps == 6
+    assert read_result(output, stage(stop_when=rule)) is None
+    result = toy_trainer(output, stage(stop_when=rule)).run()
+    assert (result.num_steps, result.reason) == (8, "steps")
+    assert_equal_weights(toy_weights(output), toy_weights(tmp_path / "whole"))
 
 
 def test_early_stop(tmp_path: Path) -> None:
@@ -214,8 +263,8 @@ def test_more_steps_go_on_where_it_ended(tmp_path: Path) -> None:
     rate = {"lr": 0.01, "warm_up_steps": 3}
     toy_trainer(tmp_path / "whole", stage(steps=9, optimizer=rate)).run()
     toy_trainer(tmp_path / "longer", stage(steps=4, optimizer=rate)).run()
-    assert read_result(tmp_path / "longer", num_steps=4) is not None
-    assert read_result(tmp_path / "longer", num_steps=9) is None
+    assert read_result(tmp_path / "longer", stage(steps=4, optimizer=rate)) is not None
+    assert read_result(tmp_path / "longer", stage(steps=9, optimizer=rate)) is None
     assert toy_trainer(tmp_path / "longer", stage(steps=9, optimizer=rate)).run().num_steps == 9
     assert_equal_weights(toy_weights(tmp_path / "longer"), toy_weights(tmp_path / "whole"))
     assert toy_trainer(tmp_path / "longer", stage(steps=5, optimizer=rate)).run().num_steps == 9  # nothing to do

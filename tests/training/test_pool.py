@@ -182,16 +182,29 @@ def test_memory_has_no_gradient_and_theta_is_never_changed_in_place() -> None:
     assert pool.tail[0].shape == (1, NUM_NEW, WIDTH)
 
 
+@pytest.mark.parametrize("capacity", [0, 4, 40])
+def test_of_a_larger_long_term_memory_the_newest_tokens_are_carried(capacity: int) -> None:
+    large = MemoryPool(PoolShape(LAYERS, WIDTH, NUM_NEW, 8, 2, 40))
+    owners = list(range(6))
+    for owner in owners:
+        inject(large, owner)
+    carried = MemoryPool(PoolShape(LAYERS, WIDTH, NUM_NEW, 8, 2 if capacity else 0, capacity))
+    carried.load_state_dict(large.state_dict())
+    check_tokens(carried, owners)
+    kept = min(capacity, 6 * NUM_NEW - 8)
+    for layer in range(LAYERS):
+        assert sorted(carried.long_births[layer].tolist()) == sorted(large.long_births[layer].tolist())[-kept or 99 :]
+    inject(carried, 6)
+    check_tokens(carried, [*owners, 6])
+
+
 def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ConfigError, match="max_short_term is 3"):
         PoolShape(LAYERS, WIDTH, NUM_NEW, 3)
     with pytest.raises(ConfigError, match="needs a retriever"):
         PoolShape(LAYERS, WIDTH, NUM_NEW, 8, 0, 8)
-    small = MemoryPool(PoolShape(LAYERS, WIDTH, NUM_NEW, 8, 2, 4))
     large = MemoryPool(PoolShape(LAYERS, WIDTH, NUM_NEW, 8, 2, 40))
     for _ in range(6):
         inject(large)
-    with pytest.raises(CheckpointError, match="does not fit"):
-        small.load_state_dict(large.state_dict())
     with pytest.raises(CheckpointError, match="does not fit"):
         MemoryPool(PoolShape(3, WIDTH, NUM_NEW, 8)).load_state_dict(large.state_dict())

@@ -55,6 +55,8 @@ def test_frozen_weights_have_no_master_and_buffers_keep_their_precision() -> Non
     masters = MasterWeights(network)
     assert list(masters.weights) == ["weight"]
     assert network.bias.dtype == torch.bfloat16
+    assert masters.originals["bias"].dtype == torch.float32  # what is saved
+    assert "weight" not in masters.originals
     assert network.running_mean is not None
     assert network.running_mean.dtype == torch.float32
 
