@@ -231,10 +231,12 @@ def compare(
 
     [dim]$[/] mplus eval compare old.json new.json --figure both.png
     """
-    from mplus_agents.evaluation.report import comparison_table, load_comparable
+    from mplus_agents.evaluation.report import comparison_table, differences, load_comparable
 
     results = load_comparable(files)
     print_table(comparison_table(results))
+    for text in differences(results):
+        note(text)
     if figure is not None:
         from mplus_agents.evaluation.figures import draw_retention
 
@@ -257,8 +259,10 @@ class _Output:
             raise InvalidInputError("figure", True, "False without --output, beside which it is drawn")
         if len(set(models)) < len(models):
             raise InvalidInputError("model", list(models), "every model once")
-        if path is not None and not path.parent.is_dir():
+        if path is not None and (path.is_dir() or not path.parent.is_dir()):
             raise InvalidInputError("output", str(path), "a file in a folder that exists")
+        if path is not None and has_figure and path.suffix == ".png":
+            raise InvalidInputError("output", str(path), "a file for the numbers; the figure is drawn beside it as PNG")
         if has_figure:
             from mplus_agents.evaluation.figures import check_figures
 
@@ -286,10 +290,11 @@ class _Output:
         if path is not None and self._has_figure:
             from mplus_agents.evaluation.figures import draw_retention, draw_retriever
 
+            picture = path.with_name(f"{path.name.removesuffix('.json')}.png")
             if isinstance(result, RetrieverResult):
-                draw_retriever(result, path.with_suffix(".png"))
+                draw_retriever(result, picture)
             else:
-                draw_retention([(result.model, result)], path.with_suffix(".png"))
+                draw_retention([(result.model, result)], picture)
 
     def finish(self) -> None:
         """Print JSON, or the models side by side."""

@@ -67,7 +67,7 @@ def load_distractors(path: Path, codec: TextCodec) -> list[str]:
     Raises:
         InvalidInputError: The file cannot be read, is in another format, or holds no such context.
     """
-    contexts = dict.fromkeys(paragraph["context"] for paragraph in _squad_paragraphs(path))
+    contexts = dict.fromkeys(paragraph["context"] for paragraph in _squad_paragraphs(path, "distractors"))
     sizes = range(_MIN_DISTRACTOR_TOKENS, _MAX_DISTRACTOR_TOKENS + 1)
     kept = [context for context in contexts if len(codec.encode(context)) in sizes]
     if not kept:
@@ -79,27 +79,27 @@ def _read_squad(path: Path) -> Iterator[QAExample]:
     for paragraph in _squad_paragraphs(path):
         try:
             for entry in paragraph["qas"]:
-                answers = tuple(dict.fromkeys(answer["text"] for answer in entry["answers"]))
+                answers = tuple(dict.fromkeys(_text(answer["text"]) for answer in entry["answers"]))
                 if answers and not entry.get("is_impossible", False):
                     yield QAExample(paragraph["context"], entry["question"].strip(), answers)
         except (KeyError, TypeError, AttributeError) as error:
             raise _wrong_format(path, "SQuAD", error) from error
 
 
-def _squad_paragraphs(path: Path) -> list[dict[str, Any]]:
-    content = _parse(path, _read(path))
+def _squad_paragraphs(path: Path, argument: str = "file") -> list[dict[str, Any]]:
+    content = _parse(path, _read(path, argument), argument)
     try:
         paragraphs = [paragraph for article in content["data"] for paragraph in article["paragraphs"]]
         if not all(isinstance(paragraph["context"], str) for paragraph in paragraphs):
             raise TypeError("a context is no text")
     except (KeyError, TypeError) as error:
-        raise _wrong_format(path, "SQuAD", error) from error
+        raise _wrong_format(path, "SQuAD", error, argument) from error
     return paragraphs
 
 
 def _read_natural_questions(path: Path) -> Iterator[QAExample]:
     """Read the long answer of the first annotation as the context, and the short answers in it."""
-    for line in _read(path).splitlines():
+    for line in _read(path).split("\n"):  # JSON strings may hold other line breaks as they are
         if not line.strip():
             continue
         entry = _parse(path, line)
@@ -118,26 +118,32 @@ def _read_natural_questions(path: Path) -> Iterator[QAExample]:
         yield QAExample(context, f"{question[:1].upper()}{question[1:].rstrip('?')}?", answers)
 
 
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is no text")
+    return value
+
+
 def _plain(words: list[str]) -> str:
     """Join words, those left out that are HTML tags."""
     return " ".join(word for word in words if not (word.startswith("<") and word.endswith(">")))
 
 
-def _read(path: Path) -> str:
+def _read(path: Path, argument: str = "file") -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8"
-        raise InvalidInputError("file", str(path), f"a file that can be read ({reason})") from error
+        raise InvalidInputError(argument, str(path), f"a file that can be read ({reason})") from error
 
 
-def _parse(path: Path, text: str) -> Any:
+def _parse(path: Path, text: str, argument: str = "file") -> Any:
     try:
         return json.loads(text)
     except ValueError as error:
-        raise InvalidInputError("file", str(path), f"JSON ({error})") from error
+        raise InvalidInputError(argument, str(path), f"JSON ({error})") from error
 
 
-def _wrong_format(path: Path, name: str, error: Exception) -> InvalidInputError:
+def _wrong_format(path: Path, name: str, error: Exception, argument: str = "file") -> InvalidInputError:
     reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
-    return InvalidInputError("file", str(path), f"a file in the format of {name} ({reason})")
+    return InvalidInputError(argument, str(path), f"a file in the format of {name} ({reason})")

@@ -52,6 +52,8 @@ def draw_retention(results: Sequence[tuple[str, Result]], path: Path) -> None:
     Raises:
         InvalidInputError: matplotlib is not installed, or the file cannot be written.
     """
+    if not any(result.points for _, result in results):
+        raise InvalidInputError("figure", str(path), "results that have points; these have none yet")
     figure, axes = _new_figure()
     unit = "distractor contexts" if results[0][1].kind == "qa" else "chunks of prose"
     distances = sorted({point.distance for _, result in results for point in result.points})

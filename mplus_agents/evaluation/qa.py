@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import cycle, islice
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -20,6 +21,7 @@ from mplus_agents.evaluation.scoring import score_short
 from mplus_agents.evaluation.tally import Tally
 
 DEFAULT_STEPS = (0, 1, 2, 5, 10, 20)
+_FILLER_WORDS = 8  # at first; twice as many each time they are not enough
 _STOP = ["\n"]  # a base model goes on after the answer
 
 
@@ -119,26 +121,41 @@ def _ask_one(
 ) -> None:
     with loaded.open() as mplus:
         agent = mplus.agent("reader", seed=seed)
-        read = 0
-        _read(agent, example.context, distractors[-1])
+        read, filler = 0, _Filler(distractors[-1])
+        _read(agent, example.context, filler)
         for step in sorted(settings.steps):
             for distractor in distractors[read:step]:
-                _read(agent, distractor, distractors[-1])
+                _read(agent, distractor, filler)
             read = max(read, step)
             assert agent.window == []
             for variant, answer in _answers(settings, loaded, agent, example, distractors[:step], seed):
                 tally.add(variant, step, score_short(answer, example.answers))
 
 
-def _read(agent: Agent, text: str, filler: str) -> None:
+class _Filler:
+    """Words to fill up injections with, from the first again behind the last."""
+
+    def __init__(self, text: str) -> None:
+        self._words = cycle(text.split())
+        self._number = 0
+
+    def add_to(self, agent: Agent, num_words: int) -> None:
+        """Let an agent remember the next words."""
+        text = " ".join(islice(self._words, num_words))
+        self._number += 1
+        # Named by its number: words that come round again shall be read again.
+        agent.remember(f"\n{text}", source_id=f"filler {self._number}", progress=False)
+
+
+def _read(agent: Agent, text: str, filler: _Filler) -> None:
     """Read a text so that nothing of it waits; a rest too short for an injection is filled up with other text."""
     agent.remember(text, progress=False)
-    words, num_words = filler.split(), 8
+    num_words = _FILLER_WORDS
     while agent.window:
         agent.flush()
         if agent.window:
-            agent.remember("\n" + " ".join(words[:num_words]), progress=False)
-            words, num_words = words[num_words:], 2 * num_words
+            filler.add_to(agent, num_words)
+            num_words *= 2
 
 
 def _answers(

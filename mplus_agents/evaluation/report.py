@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from rich.markup import escape
 from rich.table import Table
 
 from mplus_agents.errors import InvalidInputError
@@ -50,7 +51,8 @@ class RetrieverPoint(_Record):
         layer: The layer.
         recall: Share of the fact's tokens in Θ that are among the K0 retrieved.
         found: Share of questions with at least one of them among the retrieved.
-        random: The share that K0 tokens drawn at random hold: K0 / size.
+        random: The share that K0 tokens drawn at random hold: K0 / the tokens in Θ, of which there are up to one
+            injection's more than `size`.
         questions: Questions asked.
     """
 
@@ -213,6 +215,21 @@ def comparison_table(results: Sequence[tuple[str, Result]]) -> Table:
     return _table(results, "exact match (value contained)", None)
 
 
+def differences(results: Sequence[tuple[str, Result]]) -> list[str]:
+    """Say what a reader of several runs side by side should know.
+
+    Args:
+        results: Label and result of each.
+    """
+    found = [f"{label} is not complete" for label, result in results if not result.is_complete]
+    for name in ("seed", "condition", "prose", "template", "window_tokens", "num_retrieved"):
+        values = [result.seed if name == "seed" else result.settings.get(name) for _, result in results]
+        if any(value != values[0] for value in values):
+            listed = ", ".join(f"{value!r:.40} in {label}" for (label, _), value in zip(results, values, strict=True))
+            found.append(f"the runs differ in {name}: {listed}")
+    return found
+
+
 def retriever_table(result: RetrieverResult) -> Table:
     """Lay out what the retriever found, by size and layer.
 
@@ -239,7 +256,7 @@ def _table(results: Sequence[tuple[str, Result]], title: str, caption: str | Non
     table.add_column(unit, justify="right")
     columns = [(label, result, variant) for label, result in results for variant in variants_of(result)]
     for label, _, variant in columns:
-        table.add_column(f"{label}\n{variant}" if label else variant, justify="right")
+        table.add_column(escape(f"{label}\n{variant}" if label else variant), justify="right")
     points = [{(point.variant, point.distance): point for point in result.points} for _, result in results]
     by_result = {id(result): cells for (_, result), cells in zip(results, points, strict=True)}
     for distance in sorted({point.distance for _, result in results for point in result.points}):

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from functools import lru_cache
 from random import Random
 from typing import Any
-
-import torch
 
 from mplus_agents.config import LongTermUse
 from mplus_agents.engine import Agent, Message
@@ -24,6 +20,7 @@ from mplus_agents.evaluation.scoring import score
 from mplus_agents.evaluation.settings import RetentionSettings
 from mplus_agents.evaluation.stream import NEAR_CHUNKS, ChunkSizes, Prose, Question, Round, Telling, plan_stream
 from mplus_agents.evaluation.tally import Tally
+from mplus_agents.evaluation.workers import run_in_workers
 
 _MEMORY_VARIANTS: dict[str, LongTermUse] = {"mplus": "retrieved", "theta_only": "off", "random": "random"}
 # A prompt's tail is cut out of this many characters per token, which is more than real prose has.
@@ -170,16 +167,11 @@ def _run_streams(settings: RetentionSettings, workers: int, on_progress: OnProgr
         for number in range(settings.num_streams):
             yield run_stream(settings, number, on_progress)
         return
-    context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
-    with ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,)) as pool:
-        futures = [pool.submit(run_stream, settings, number) for number in range(settings.num_streams)]
-        try:
-            for future in as_completed(futures):
-                yield future.result()
-                on_progress(settings.num_prose_chunks)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    for outcome in run_in_workers(
+        workers, ((run_stream, (settings, number)) for number in range(settings.num_streams))
+    ):
+        yield outcome
+        on_progress(settings.num_prose_chunks)
 
 
 def _write(

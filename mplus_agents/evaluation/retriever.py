@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from mplus_agents.engine.prompts import question_prompt
+from mplus_agents.engine.text import check_text
 from mplus_agents.errors import InvalidInputError
 from mplus_agents.evaluation.engines import LoadedModel, load, versions
 from mplus_agents.evaluation.report import RetrieverPoint, RetrieverResult
@@ -59,6 +60,7 @@ class _Found:
 
     recall: np.ndarray
     found: np.ndarray
+    random: float = 0.0
     questions: int = 0
 
 
@@ -110,7 +112,7 @@ def run_retriever(
     lives = {size: _Life.of(loaded, size, settings.questions) for size in sorted(settings.sizes)}
     counts = {size: -(-settings.questions // life.num_facts) for size, life in lives.items()}
     total = sum(counts[size] * life.num_injections for size, life in lives.items())
-    prose = loaded.codec.encode(RetentionSettings(prose=settings.prose).read_prose())
+    prose = loaded.codec.encode(check_text("prose", RetentionSettings(prose=settings.prose).read_prose()))
     points: list[RetrieverPoint] = []
     for size, life in lives.items():
         found = _Found(np.zeros(memory.num_layers), np.zeros(memory.num_layers))
@@ -191,6 +193,7 @@ def _look(loaded: LoadedModel, memory: MemoryState, step: int, question: Questio
         shares[layer] = is_fact[places.numpy()].sum() / is_fact.sum()
     found.recall += shares
     found.found += shares > 0
+    found.random += min(1.0, memory.config.num_retrieved / len(memory.index.long_term.alive_rows(0)))
     found.questions += 1
 
 
@@ -204,7 +207,7 @@ def _points(loaded: LoadedModel, size: int, found: _Found) -> list[RetrieverPoin
             layer=layer,
             recall=float(found.recall[layer]) / found.questions,
             found=float(found.found[layer]) / found.questions,
-            random=min(1.0, memory.num_retrieved / size),
+            random=found.random / found.questions,
             questions=found.questions,
         )
         for layer in range(memory.num_layers)

@@ -105,8 +105,7 @@ class RetentionSettings:
             history: The turns that wait in the window.
         """
         assert self.template is not None
-        before, _, after = self.template.partition(QUESTION)
-        return f"{before.replace(HISTORY, history)}{question}{after.replace(HISTORY, history)}"
+        return question.join(part.replace(HISTORY, history) for part in self.template.split(QUESTION))
 
     def read_prose(self) -> str:
         """Return the text that the prose is taken from.

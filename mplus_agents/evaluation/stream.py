@@ -327,7 +327,9 @@ class _Planner:
         while place % 2 and person in known:
             person = draw_name(self._rng, "evaluation")
         kinds = [kind for kind in RELATIONS if (person, kind.name) not in self._used]
-        return Fact(person, self._rng.choice(kinds), "")
+        fact = Fact(person, self._rng.choice(kinds), "")
+        self._used.add(fact.key)  # nor will it be told later
+        return fact
 
     def _fill_window(self, max_tokens: int) -> tuple[Message, ...]:
         """Draw turns about other people, as many as fit."""

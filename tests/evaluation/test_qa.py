@@ -10,7 +10,8 @@ import pytest
 
 from mplus_agents.errors import InvalidInputError
 from mplus_agents.evaluation.datasets import QAExample, load_distractors, load_examples
-from mplus_agents.evaluation.qa import QASettings, run_qa
+from mplus_agents.evaluation.engines import load
+from mplus_agents.evaluation.qa import QASettings, _Filler, _read, run_qa
 from tests.engine.engines import TINY, prose, tiny_codec
 
 _LONG = "the great blue ferry on the long and winding river under the index"
@@ -111,6 +112,12 @@ def test_natural_questions_give_the_long_answer_without_tags(natural: Path) -> N
     ]
 
 
+def test_lines_end_at_line_feeds_alone(natural: Path) -> None:
+    text = natural.read_text(encoding="utf-8").replace("number 17", "number\u202817")
+    natural.write_text(f"\ufeff{text}", encoding="utf-8")
+    assert load_examples("naturalqa", natural, tiny_codec())[0].context == "The ferry number\u202817 is blue ."
+
+
 def test_distractors_have_300_to_500_tokens_and_come_once(distractors: Path) -> None:
     found = load_distractors(distractors, tiny_codec())
     assert len(found) == len(set(found)) == 5
@@ -124,6 +131,7 @@ def test_distractors_have_300_to_500_tokens_and_come_once(distractors: Path) -> 
         ("[]", "in the format of SQuAD"),
         ('{"data": [{"paragraphs": [{"qas": []}]}]}', "in the format of SQuAD \\('context' is missing\\)"),
         ('{"data": [{"paragraphs": [{"context": "a", "qas": [{"answers": 3}]}]}]}', "in the format of SQuAD"),
+        ('{"data": [{"paragraphs": [{"context": "a", "qas": [{"answers": [{"text": 5}]}]}]}]}', "5 is no text"),
         ('{"data": []}', "a file with answers of at most 3 tokens"),
     ],
 )
@@ -158,6 +166,14 @@ def test_a_run_asks_after_every_step(squad: Path, distractors: Path) -> None:
     assert expected.items() <= found.items()
     assert set(found) - set(expected) <= {("full_context", 0), ("full_context", 2)}
     assert run_qa(settings) == result
+
+
+def test_words_to_fill_up_with_never_end() -> None:
+    with load(str(TINY), "cpu").open() as mplus:
+        agent, filler = mplus.agent("reader"), _Filler("the ferry left")
+        for number in range(12):
+            _read(agent, f"A short text, number {number}.", filler)
+            assert agent.window == []
 
 
 def test_too_few_distractors_are_refused(squad: Path, distractors: Path) -> None:

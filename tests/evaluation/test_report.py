@@ -17,6 +17,7 @@ from mplus_agents.evaluation.report import (
     RetrieverPoint,
     RetrieverResult,
     comparison_table,
+    differences,
     load_comparable,
     load_result,
     result_table,
@@ -125,6 +126,20 @@ def test_runs_stand_side_by_side(tmp_path: Path) -> None:
     assert [label for label, _ in results] == ["old", "new"]
     rows = shown(comparison_table(results))
     assert ["0", "0.500", "(0.750)", "0.500", "0.500", "(0.750)", "0.500"] in rows
+
+
+def test_what_differs_is_said(tmp_path: Path) -> None:
+    runs = [("old", result()), ("new", result(seed=9, settings={"condition": "unknown"}, is_complete=False))]
+    assert differences(runs) == [
+        "new is not complete",
+        f"the runs differ in seed: {result().seed} in old, 9 in new",
+        "the runs differ in condition: 'plain' in old, 'unknown' in new",
+    ]
+    assert differences(runs[:1] * 2) == []
+
+
+def test_labels_are_no_markup() -> None:
+    assert "run[old]" in " ".join(" ".join(row) for row in shown(comparison_table([("run[old]", result())])))
 
 
 def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
+import time
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -177,6 +183,36 @@ def test_equal_settings_give_equal_results(tmp_path: Path, spy: Spy) -> None:
 def test_workers_give_the_same_result(tmp_path: Path) -> None:
     settings = small_settings(tmp_path, max_new_tokens=2)
     assert run_retention(settings, workers=2) == run_retention(settings)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_workers_end_with_their_parent_and_leave_nothing(number: int, tmp_path: Path) -> None:
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    command = [sys.executable, "-m", "mplus_agents.cli.main", "eval", "retention", "--distances", "4000"]
+    options = ["--episodes", "2", "--streams", "2", "--workers", "2"]
+    parent = subprocess.Popen([*command, *options], env={**os.environ, "TMPDIR": str(scratch)}, cwd=tmp_path)
+    wait_until(lambda: len(list(scratch.glob("mplus-eval-*/stream.db"))) == 2)
+    children = [int(pid) for pid in Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()]
+    parent.send_signal(number)
+    parent.wait(timeout=30)
+    wait_until(lambda: not any(is_alive(pid) for pid in children) and not list(scratch.glob("mplus-eval-*")))
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
 
 
 def test_the_number_retrieved_can_be_another(tmp_path: Path, spy: Spy) -> None:

@@ -25,13 +25,19 @@ def test_chance_is_the_share_of_the_retrieved_and_runs_repeat(tmp_path: Path) ->
         sizes=(200, 64), questions=2, num_retrieved=20, prose=prose_file(tmp_path), device="cpu"
     )
     result = run_retriever(settings, lambda done, total: steps.append((done, total)))
-    assert {(point.size, point.random) for point in result.points} == {(64, 20 / 64), (200, 0.1)}
+    assert {(point.size, point.random) for point in result.points} == {
+        (64, 20 / 64),
+        (200, 20 / 224),
+    }  # 7 injections of 32
     assert all(0 <= point.recall <= point.found <= 1 for point in result.points)
     assert len(steps) == steps[0][1]
     assert run_retriever(settings) == result
 
 
 def test_settings_that_cannot_be_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text("")
+    with pytest.raises(InvalidInputError, match="prose is ''"):
+        run_retriever(RetrieverSettings(sizes=(64,), questions=1, prose=str(tmp_path / "empty.txt"), device="cpu"))
     with pytest.raises(InvalidInputError, match="sizes is 9999999999; allowed: at most what Θ holds"):
         run_retriever(RetrieverSettings(sizes=(9_999_999_999,), device="cpu"))
     with pytest.raises(InvalidInputError, match="sizes is \\(0,\\); allowed: different whole numbers from 1"):
