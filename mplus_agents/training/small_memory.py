@@ -25,7 +25,7 @@ _FULL_CHUNKS = 0.6  # share of the steps; the others have shorter ones
 _FIRST_WRITES = 0.06  # share of the steps that write into an empty memory
 _LEVELS = (1, 2, 4, 8)  # chunks in θ, while writing is learned
 _NEXT_LEVEL_AT = 0.65
-_K0_SHARES = (1, 1, 0.5, 0.75, 1.5)  # other K0 than the model's are read too
+_K0_SHARES = (0.5, 1, 1, 1.5, 2, 2)  # other K0 than the model's are read too, so that places further back are learned
 MEMORY_TURNS = 2  # questions in a row that reads memory: the second one sees what was retrieved for the first
 _SOON_AGAIN = 0.5  # of the facts told twice, how many are told again within three chunks
 _MEAN_AGE = 6.0  # of facts that are asked for while they are young
@@ -52,7 +52,7 @@ class MemoryTasks:
         if stage.kind == "long_term" and written < least:
             raise ConfigError(
                 f"recipe.num_chunks is {stage.num_chunks}, which write {written} memory tokens in a step; "
-                f"allowed are numbers that write {least}, which is 1.5 times K0, or more"
+                f"allowed are numbers that write {least}, which is twice K0, or more"
             )
         self._queue: list[tuple[list[Chunk], torch.Tensor]] = []  # chunks with their tokens [L, c * K, d]
         self._tail: torch.Tensor | None = None  # [L, c, K, d], last step's tokens
