@@ -292,11 +292,7 @@ class _Planner:
                 return Fact(fact.person, fact.relation, value)
 
     def _state(self, fact: Fact) -> str:
-        if self._condition != "value_first":
-            return fact.state(self._rng)
-        forms = [form for form in fact.relation.statements if form.index("{v}") < form.index("{p}")]
-        text = self._rng.choice(forms).format(p=fact.person, v=fact.value)
-        return text[0].upper() + text[1:]
+        return fact.state(self._rng, value_first=self._condition == "value_first")
 
     def _tell(self, facts: Sequence[Fact]) -> list[Telling]:
         """Put statements into as few injections as take them, none of which is under the minimum."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from random import Random
@@ -11,6 +12,7 @@ from mplus_agents.language.words import USER, Split, draw_name
 
 # It stands where the value would: only when the value is looked for does it show that there is none.
 NOT_KNOWN = "not known to me"
+_PERSON = re.compile(r"\{p\}|\b(?:I|[Mm]y)\b")  # in a form of a relation
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,9 +39,16 @@ class Fact:
         """Whether it is about the one who speaks."""
         return self.person == USER
 
-    def state(self, rng: Random) -> str:
-        """Tell the fact in one of its ways."""
+    def state(self, rng: Random, value_first: bool = False) -> str:
+        """Tell the fact in one of its ways.
+
+        Args:
+            rng: Where randomness comes from.
+            value_first: Whether only those count in which the value stands before the person.
+        """
         forms = self.relation.own_statements if self.is_own else self.relation.statements
+        if value_first:
+            forms = tuple(form for form in forms if _has_value_first(form))
         text = rng.choice(forms).format(p=self.person, v=self.value)
         return text[0].upper() + text[1:]
 
@@ -56,6 +65,11 @@ class Fact:
     def unknown_answer(self) -> str:
         """Answer that the value was never told."""
         return replace(self, value=NOT_KNOWN).answer()
+
+
+def _has_value_first(form: str) -> bool:
+    person = _PERSON.search(form)
+    return person is not None and form.index("{v}") < person.start()
 
 
 def draw_facts(

@@ -11,7 +11,7 @@ import torch
 from mplus_agents.engine.prompts import Prompt, chat_prompt, question_prompt
 from mplus_agents.engine.records import Message
 from mplus_agents.engine.text import TextCodec
-from mplus_agents.language import RELATIONS, Fact, draw_facts, draw_name
+from mplus_agents.language import RELATIONS, Fact, draw_facts, draw_name, relation
 from mplus_agents.language.prose import packaged_prose as packaged_prose
 
 ACKNOWLEDGEMENT = "I see."
@@ -28,7 +28,10 @@ _DIALOGUES = 0.35
 _OWN_FACTS = 0.4  # of dialogues
 _DENSE = 0.3
 _UPDATES = 0.12
-_UNKNOWN = 0.08
+_UNKNOWN = 0.05
+# What is hardest is told more often: a value before its person, and numbers, which are four random tokens.
+_VALUE_FIRST = 0.3  # besides those that are drawn anyway
+_TOLD = (*RELATIONS, relation("number"), relation("number"))
 _TOLD_IN_WINDOW = 3.0  # times `chat_share`, of the prompts with text in front
 Key = tuple[str, str]
 
@@ -133,9 +136,8 @@ class EpisodeSource:
             return Chunk(self.draw_prose(num_tokens), [])
         is_dialogue = rng.random() < _DIALOGUES or (again is not None and again.is_own)
         own = is_dialogue and rng.random() < _OWN_FACTS
-        facts = draw_facts(
-            rng, rng.randint(1, 5) if rng.random() > _DENSE else 8, "training", own=own, common=self.common
-        )
+        num_facts = rng.randint(1, 5) if rng.random() > _DENSE else 8
+        facts = draw_facts(rng, num_facts, "training", _TOLD, own=own, common=self.common)
         if again is not None:
             facts = [again, *(fact for fact in facts if fact.key != again.key)][:4]
         pieces, told = self._write(facts, num_tokens, is_dialogue)
@@ -147,7 +149,7 @@ class EpisodeSource:
         told: list[Fact] = []
         gap = rng.choice(("", "", "\n"))
         for fact in facts:
-            text = fact.state(rng)
+            text = fact.state(rng, value_first=rng.random() < _VALUE_FIRST)
             if is_dialogue:
                 reply = f"Assistant: {rng.choice(_REPLIES)}\n" if rng.random() < 0.5 else ""
                 text = f"User: {text}\n{reply}"

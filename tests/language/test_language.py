@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mplus_agents.language import RELATIONS, USER, Fact, draw_facts, draw_name, draw_word, relation
+from mplus_agents.language.relations import Relation
 
 
 def test_the_two_splits_share_no_made_up_word() -> None:
@@ -54,6 +55,17 @@ def test_every_relation_is_told_with_the_value_before_and_after_the_name() -> No
         assert orders == {True, False}, kind.name
         assert all("{v}" in text and "{p}" not in text for text in kind.own_statements)
         assert all("{p}" in text and "{v}" not in text for text in kind.questions)
+
+
+@pytest.mark.parametrize("kind", RELATIONS, ids=lambda kind: kind.name)
+def test_the_value_can_be_asked_to_stand_first(kind: Relation) -> None:
+    rng = Random(0)
+    for person, names in (("Maya", {"Maya"}), (USER, {"I", "my", "My"})):
+        fact = Fact(person, kind, "Xyz")
+        told = {fact.state(rng, value_first=True).rstrip(".") for _ in range(60)}
+        assert told < {fact.state(rng).rstrip(".") for _ in range(300)}
+        for words in map(str.split, told):
+            assert words.index("Xyz") < min(place for place, word in enumerate(words) if word in names)
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,7 @@ def test_a_fact_told_after_text_in_the_prompt_is_acknowledged(monkeypatch: pytes
 
 
 def test_fewer_tokens_in_a_step_than_are_retrieved_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"num_chunks is 2, which write 8 memory tokens .* numbers that write 12"):
+    with pytest.raises(ConfigError, match=r"num_chunks is 2, which write 8 memory tokens .* numbers that write 16"):
         small_recipe("long_term", "cpu", num_chunks=2)
 
 
