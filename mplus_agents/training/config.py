@@ -96,7 +96,7 @@ class TokenizerOptions(Section):
     vocab_size: Annotated[int, Field(strict=True, ge=258)] = 2048  # 256 bytes and two special tokens
     num_samples: NotNegative = 16_000
     seed: Seed = 5
-    prose: Annotated[tuple[Prose, ...], Field(min_length=1)] = ("kjv", "jargon")
+    prose: tuple[Prose, ...] = ("kjv", "jargon")
     prose_chars: NotNegative = 600_000
     path: str | None = None
 

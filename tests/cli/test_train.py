@@ -22,6 +22,7 @@ from mplus_agents.training.stage_files import STAGE_SUFFIXES
 from tests.cli.conftest import Run
 from tests.training.stages import stage_values
 
+DATA = {"prose": ["kjv"]}  # the shortest one, as it is tokenized for every stage
 SMALL_WORLD = {"type": "small", "num_chunks": 4, "num_questions": 3, "queue_steps": 1}
 
 
@@ -30,9 +31,9 @@ def recipe(tmp_path: Path) -> Path:
     """Two stages of a tiny network."""
     folder = tmp_path / "mine"
     folder.mkdir()
-    write(folder / "1-repeat.yaml", stage_values(steps=5))
+    write(folder / "1-repeat.yaml", stage_values(steps=5, data=DATA))
     second = {"model": {"start": {"path": "previous"}}, "recipe": {**SMALL_WORLD, "kind": "long_term"}, "steps": 2}
-    write(folder / "2-long-term.yaml", stage_values(**second))
+    write(folder / "2-long-term.yaml", stage_values(**second, data=DATA))
     return folder
 
 
@@ -152,7 +153,7 @@ def test_interrupted_at_the_end_of_a_stage_the_next_one_waits(mplus: Run, recipe
 
 def test_more_tokens_per_injection_than_the_stage_before(mplus: Run, recipe: Path) -> None:
     start = {"path": "previous", "memory": {"tokens_per_injection": 8, "max_short_term": 32}}
-    values = stage_values(model={"start": start}, recipe={**SMALL_WORLD, "kind": "long_term"}, steps=2)
+    values = stage_values(model={"start": start}, recipe={**SMALL_WORLD, "kind": "long_term"}, steps=2, data=DATA)
     write(recipe / "3-more-tokens.yaml", values)
     result = mplus("train", str(recipe))
     assert result.exit_code == 0, result.output

@@ -107,7 +107,7 @@ def test_an_acknowledged_turn_is_never_lost(tmp_path: Path, monkeypatch: pytest.
             version = check(path, slots, killed.acknowledged)
             if number % 10 == 9:
                 check_history(path, version)
-    assert sum(hits) >= num_kills / 3
+    assert sum(hits) >= num_kills / 6  # about half on an idle machine
 
 
 def check_history(path: Path, version: int) -> None:
