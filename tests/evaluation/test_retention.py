@@ -193,18 +193,20 @@ def test_workers_end_with_their_parent_and_leave_nothing(number: int, tmp_path: 
     command = [sys.executable, "-m", "mplus_agents.cli.main", "eval", "retention", "--distances", "4000"]
     options = ["--episodes", "2", "--streams", "2", "--workers", "2"]
     parent = subprocess.Popen([*command, *options], env={**os.environ, "TMPDIR": str(scratch)}, cwd=tmp_path)
-    wait_until(lambda: len(list(scratch.glob("mplus-eval-*/stream.db"))) == 2)
+    assert becomes_true(lambda: len(list(scratch.glob("mplus-eval-*/stream.db"))) == 2)
     children = [int(pid) for pid in Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()]
     parent.send_signal(number)
     parent.wait(timeout=30)
-    wait_until(lambda: not any(is_alive(pid) for pid in children) and not list(scratch.glob("mplus-eval-*")))
+    assert len(children) >= 2
+    assert becomes_true(lambda: not any(is_alive(pid) for pid in children))
+    assert becomes_true(lambda: not list(scratch.glob("mplus-eval-*")))
 
 
-def wait_until(condition: Callable[[], bool]) -> None:
+def becomes_true(condition: Callable[[], bool]) -> bool:
     end = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < end
+    while not condition() and time.monotonic() < end:
         time.sleep(0.05)
+    return condition()
 
 
 def is_alive(pid: int) -> bool:
