@@ -256,7 +256,7 @@ class _Output:
 
     def __init__(self, path: Path | None, has_figure: bool, as_json: bool, models: Sequence[str]) -> None:
         if has_figure and path is None:
-            raise InvalidInputError("figure", True, "False without --output, beside which it is drawn")
+            raise InvalidInputError("figure", True, "True together with --output FILE, beside which it is drawn")
         if len(set(models)) < len(models):
             raise InvalidInputError("model", list(models), "every model once")
         if path is not None and (path.is_dir() or not path.parent.is_dir()):
@@ -344,4 +344,5 @@ def _read_template(text: str | None) -> str | None:
     try:
         return Path(text).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError, ValueError) as error:
-        raise InvalidInputError("template", text, "a text with {question} in it, or a file of such a text") from error
+        allowed = f"a text with {{question}} in it, or a file of such a text, which cannot be read here ({error})"
+        raise InvalidInputError("template", text, allowed) from error

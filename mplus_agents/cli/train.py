@@ -60,7 +60,7 @@ def train(
 
       [dim]$[/] mplus train tiny --dry-run
       [dim]$[/] mplus train tiny --output runs/tiny
-      [dim]$[/] mplus ask "Where does Maya live?" --model runs/tiny/7-more-tokens/model
+      [dim]$[/] mplus chat --model runs/tiny/8-conversation/model --store sqlite:///trained.db
     """
     _require_packages()
     from mplus_agents.training.stage_files import find_stages, load_stage

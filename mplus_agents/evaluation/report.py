@@ -115,6 +115,7 @@ class RetrieverResult(_Run):
     points: tuple[RetrieverPoint, ...]
 
 
+_CONTAINED = "in brackets, where it is another: value contained"
 _ANY_RESULT: TypeAdapter[Result | RetrieverResult] = TypeAdapter(Result | RetrieverResult)
 
 
@@ -203,7 +204,7 @@ def result_table(result: Result) -> Table:
     what = "told twice" if result.settings.get("condition") == "updated" else result.settings.get("condition", "")
     title = f"{result.model}: {result.kind}" + (f" ({what})" if what and what != "plain" else "")
     caption = f"{result.streams:,} streams, {result.episodes:,} episodes per point, seed {result.seed}"
-    return _table([("", result)], f"{title}, exact match (value contained)", caption)
+    return _table([("", result)], f"{title}, exact match ({_CONTAINED})", caption)
 
 
 def comparison_table(results: Sequence[tuple[str, Result]]) -> Table:
@@ -212,7 +213,7 @@ def comparison_table(results: Sequence[tuple[str, Result]]) -> Table:
     Args:
         results: Label and result of each.
     """
-    return _table(results, "exact match (value contained)", None)
+    return _table(results, f"exact match ({_CONTAINED})", None)
 
 
 def differences(results: Sequence[tuple[str, Result]]) -> list[str]:

@@ -166,7 +166,8 @@ def read_base_config(path: str | PathLike[str]) -> PretrainedConfig:
     try:
         return cast(PretrainedConfig, AutoConfig.from_pretrained(str(path)))
     except OSError as error:
-        raise CheckpointError(f"no decoder at {str(path)!r}: {str(error).splitlines()[0]}") from error
+        where = "" if Path(path).is_dir() else "it is no folder here, and no model that the hub gives: "
+        raise CheckpointError(f"no decoder at {str(path)!r}: {where}{str(error).splitlines()[0]}") from error
     except (ValueError, KeyError, TypeError, StrictDataclassError) as error:
         raise ConfigError(f"{str(path)!r} is not a decoder's configuration: {error}") from error
 

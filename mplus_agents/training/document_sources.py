@@ -102,6 +102,8 @@ class FolderSource:
         self._file_of = np.repeat(np.arange(len(lines)), sizes)
         self._start_of = np.concatenate(lines) if lines else np.empty(0, dtype=np.int64)
         self._order = self._draw_order()
+        if not len(self._file_of):
+            raise ConfigError(f"{str(folder)!r} has no documents ({', '.join(_SUFFIXES)} files with text in them)")
         if not len(self._order):
             raise ConfigError(
                 f"{str(folder)!r} has {len(self._file_of)} documents ({', '.join(_SUFFIXES)}), "

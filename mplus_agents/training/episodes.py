@@ -26,13 +26,15 @@ _LABELS = (("Human", "AI"), ("User", "Assistant"), ("Question", "Answer"), ("Per
 _PROSE_CHUNKS = 0.22  # shares; found by trying, they are not critical
 _DIALOGUES = 0.35
 _OWN_FACTS = 0.4  # of dialogues
+_OWN_IN_TEXT = 0.15  # of other chunks
+_SAME_TURN = 0.25  # of the facts in a dialogue that follow another one
 _DENSE = 0.3
-_UPDATES = 0.12
+_UPDATES = 0.2
 _UNKNOWN = 0.05
 # What is hardest is told more often: a value before its person, and numbers, which are four random tokens.
 _VALUE_FIRST = 0.3  # besides those that are drawn anyway
 _TOLD = (*RELATIONS, relation("number"), relation("number"))
-_TOLD_IN_WINDOW = 3.0  # times `chat_share`, of the prompts with text in front
+_TOLD_IN_WINDOW = 6.0  # times `chat_share`, of the prompts with text in front; memory holds another value then
 Key = tuple[str, str]
 
 
@@ -135,7 +137,7 @@ class EpisodeSource:
         if again is None and rng.random() < _PROSE_CHUNKS:
             return Chunk(self.draw_prose(num_tokens), [])
         is_dialogue = rng.random() < _DIALOGUES or (again is not None and again.is_own)
-        own = is_dialogue and rng.random() < _OWN_FACTS
+        own = rng.random() < (_OWN_FACTS if is_dialogue else _OWN_IN_TEXT)
         num_facts = rng.randint(1, 5) if rng.random() > _DENSE else 8
         facts = draw_facts(rng, num_facts, "training", _TOLD, own=own, common=self.common)
         if again is not None:
@@ -148,8 +150,8 @@ class EpisodeSource:
         pieces: list[list[int]] = []
         told: list[Fact] = []
         gap = rng.choice(("", "", "\n"))
-        for fact in facts:
-            text = fact.state(rng, value_first=rng.random() < _VALUE_FIRST)
+        for turn in self._turns_of(facts) if is_dialogue else [[fact] for fact in facts]:
+            text = " ".join(fact.state(rng, value_first=rng.random() < _VALUE_FIRST) for fact in turn)
             if is_dialogue:
                 reply = f"Assistant: {rng.choice(_REPLIES)}\n" if rng.random() < 0.5 else ""
                 text = f"User: {text}\n{reply}"
@@ -158,8 +160,17 @@ class EpisodeSource:
             ids = self.codec.encode(text)
             if sum(len(piece) for piece in pieces) + len(ids) <= num_tokens:
                 pieces.append(ids)
-                told.append(fact)
+                told += turn
         return pieces, told
+
+    def _turns_of(self, facts: Sequence[Fact]) -> list[list[Fact]]:
+        turns: list[list[Fact]] = []
+        for fact in facts:
+            if turns and self.rng.random() < _SAME_TURN:
+                turns[-1].append(fact)
+            else:
+                turns.append([fact])
+        return turns
 
     def _fill_up(self, pieces: list[list[int]], num_tokens: int) -> list[int]:
         """Put prose before, after or between the pieces until the chunk is full."""

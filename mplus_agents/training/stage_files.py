@@ -55,6 +55,8 @@ def find_stages(recipe: Sequence[str]) -> list[Path]:
             found.append(path)
         elif path.is_dir() and _stage_files(path):
             found += _stage_files(path)
+        elif path.is_dir():
+            raise ConfigError(f"{name!r} holds no stage files ({', '.join(STAGE_SUFFIXES)})")
         else:
             raise ConfigError(f"{name!r} is neither a ready recipe ({', '.join(ready)}) nor a stage file")
     return found
@@ -68,14 +70,23 @@ def load_stage(path: Path, overrides: Sequence[str] = ()) -> StageConfig:
         overrides: `key=value` in place of what it says, keys with dots: `optimizer.lr=1e-3`.
 
     Raises:
-        ConfigError: The file cannot be read, or a key or value is not allowed; the message names file and key.
+        ConfigError: The file cannot be read, a key or value is not allowed, or a folder of documents does not exist;
+            the message names file and key.
     """
     values = _read(path)
     for override in overrides:
         _override(values, override)
     if values.get("name") is None:
         values["name"] = path.stem
-    return parse_stage(values, str(path))
+    try:
+        stage = parse_stage(values, str(path))
+    except ConfigError as error:
+        if not overrides:
+            raise
+        hint = "a --set that starts with NAME: changes stage NAME alone"
+        raise ConfigError(f"{error} (with --set {', '.join(overrides)}; {hint})") from error
+    _check_folders(stage.data, str(path))
+    return stage
 
 
 def parse_stage(values: Mapping[str, Any], source: str) -> StageConfig:
@@ -113,6 +124,13 @@ def _check_documents(recipe: DocumentSettings, data: DataSection, source: str) -
         raise ConfigError(f"{source}: {where}: {error}") from error
     if not data.sources:
         raise ConfigError(f"{source}: data.sources is empty; allowed: at least one folder or dataset")
+
+
+def _check_folders(data: DataSection, source: str) -> None:
+    for values in data.sources:
+        location = str(values["location"])
+        if values.get("kind", "folder") == "folder" and not Path(location).is_dir():
+            raise ConfigError(f"{source}: data.sources: location is {location!r}; allowed: a folder that exists")
 
 
 def _stage_files(folder: Path) -> list[Path]:

@@ -164,10 +164,20 @@ def check_settings(before: Mapping[str, Any], stage: StageConfig, where: Path) -
         CheckpointError: Settings that decide the result differ.
     """
     now = stage.model_dump(mode="json")
-    changed = [key for key in now if key not in _FREE_KEYS and now[key] != before.get(key)]
+    keys = [key for key in now if key not in _FREE_KEYS]
+    changed = [found for key in keys for found in _differences(key, before.get(key), now[key])]
     if changed:
-        listed = "; ".join(f"{key}: {before.get(key)} before, {now[key]} now" for key in changed)
-        raise CheckpointError(f"{where} was made with other settings ({listed}); start anew with --fresh or elsewhere")
+        raise CheckpointError(
+            f"{where} was made with other settings ({'; '.join(changed)}); start anew with --fresh or elsewhere"
+        )
+
+
+def _differences(key: str, before: Any, now: Any) -> list[str]:
+    """Say which values differ, each by its key with dots."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        pairs = [(f"{key}.{name}", before.get(name), now.get(name)) for name in {**before, **now}]
+        return [difference for pair in pairs for difference in _differences(*pair)]
+    return [] if before == now else [f"{key}: {before} before, {now} now"]
 
 
 def check_output(output: Path) -> None:
@@ -192,16 +202,19 @@ def locked(output: Path) -> Iterator[None]:
         output: The folder; made if it is missing.
 
     Raises:
+        ConfigError: It cannot be made or written.
         TrainingError: Another process is training there.
     """
     from filelock import FileLock, Timeout
 
-    output.mkdir(parents=True, exist_ok=True)
     lock = FileLock(output / ".lock")
     try:
+        output.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
-    except Timeout as error:
+    except Timeout as error:  # an OSError too
         raise TrainingError(f"another process is training in {output}; wait for it, or write elsewhere") from error
+    except OSError as error:
+        raise ConfigError(f"output is {str(output)!r}; allowed: a folder that can be written ({error})") from error
     try:
         yield
     finally:

@@ -85,7 +85,7 @@ def test_the_retriever_is_measured(mplus: Run) -> None:
     [
         (("retention", "--episodes", "10"), "--episodes is 10; allowed: at least 50, one per stream"),
         (("retention", "--distances", "1,x"), "--distances is '1,x'; allowed: whole numbers with commas between"),
-        (("retention", "--figure"), "--figure is True; allowed: False without --output"),
+        (("retention", "--figure"), "--figure is True; allowed: True together with --output FILE"),
         (("retention", "--output", "x.png", "--figure"), "--output is 'x.png'; allowed: a file for the numbers"),
         (("retention", "--output", "."), "--output is '.'; allowed: a file in a folder that exists"),
         (("retention", "--output", "no/r.json"), "--output is 'no/r.json'; allowed: a file in a folder that exists"),

@@ -122,6 +122,27 @@ def test_other_settings_are_refused_even_when_all_is_trained(mplus: Run, recipe:
     result = mplus("train", str(recipe), "--set", "1-repeat:seed=7")
     assert result.exit_code == 1
     assert "1-repeat was made with other settings (seed: 0 before, 7 now)" in result.stderr
+    nested = mplus("train", str(recipe), "--set", "1-repeat:optimizer.clip=0.25")
+    assert "other settings (optimizer.clip: 1.0 before, 0.25 now)" in nested.stderr
+
+
+def test_folders_of_later_stages_are_looked_for_before_the_first_is_trained(mplus: Run, recipe: Path) -> None:
+    later = Path("later.yaml")
+    later.write_text(
+        "model: {start: {}}\nrecipe: {type: document, options: {paper_stage: 1}}\n"
+        "data: {sources: [{location: nowhere}]}\noptimizer: {lr: 1}\nsteps: 1\n"
+    )
+    first = recipe / "1-repeat.yaml"
+    result = mplus("train", str(first), str(later), "--output", "out")
+    assert result.exit_code == 1
+    assert "later.yaml: data.sources: location is 'nowhere'; allowed: a folder that exists" in result.stderr
+    assert not Path("out").exists()
+
+
+def test_a_change_meant_for_one_stage_is_told_how(mplus: Run) -> None:
+    result = mplus("train", "tiny", "--dry-run", "--set", "model.new.hidden_size=96")
+    assert "'model.new.intermediate_size' is missing (with --set model.new.hidden_size=96; " in result.stderr
+    assert "NAME: changes stage NAME alone" in result.stderr
 
 
 def test_fresh_replaces_later_stages_too(mplus: Run, recipe: Path) -> None:

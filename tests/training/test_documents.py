@@ -158,7 +158,7 @@ def test_nothing_to_read_is_an_error(tmp_path: Path, lines: Path) -> None:
     with pytest.raises(ConfigError, match="is no folder"):
         FolderSource(tmp_path / "nowhere")
     (tmp_path / "none").mkdir()
-    with pytest.raises(ConfigError, match="has 0 documents"):
+    with pytest.raises(ConfigError, match="has no documents"):
         FolderSource(tmp_path / "none")
     with pytest.raises(ConfigError, match=r"has 12 documents .* none for rank 12 of 13"):
         FolderSource(lines, shard=Shard(12, 13))

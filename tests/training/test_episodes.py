@@ -59,7 +59,7 @@ def test_a_question_is_answered_by_the_chunks_that_tell_it(source: EpisodeSource
 
 
 def test_chat_turns_are_answered_by_the_prompt_itself(source: EpisodeSource) -> None:
-    talker = EpisodeSource(source.codec, source.prose, source.starts, Random(5), chat_share=0.3)
+    talker = EpisodeSource(source.codec, source.prose, source.starts, Random(5), chat_share=0.1)
     chunks = talker.draw_chunks(100, 64)
     tellers = find_tellers(chunks)
     places = [place for place, chunk in enumerate(chunks) if chunk.facts]

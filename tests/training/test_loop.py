@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from mplus_agents.errors import CheckpointError
+from mplus_agents.errors import CheckpointError, ConfigError
 from mplus_agents.training import checkpoints
 from mplus_agents.training.checkpoints import CheckpointFolder, load_values, save_values
 from mplus_agents.training.stage_run import TrainingError, TrainingInterruptedError, locked, read_result
@@ -206,6 +206,12 @@ def test_one_training_at_a_time(tmp_path: Path) -> None:
     with locked(tmp_path), pytest.raises(TrainingError, match="another process is training in"), locked(tmp_path):
         pass
     with locked(tmp_path):  # free again
+        pass
+
+
+def test_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ConfigError, match="allowed: a folder that can be written"), locked(tmp_path / "file" / "stage"):
         pass
 
 
