@@ -58,6 +58,18 @@ def test_a_question_is_answered_by_the_chunks_that_tell_it(source: EpisodeSource
     assert num_unknown > 0
 
 
+def test_a_chunk_tells_all_its_facts_and_several_in_a_turn(source: EpisodeSource) -> None:
+    shared, own_in_text = 0, 0
+    for chunk in source.draw_chunks(400, 64):
+        text = source.codec.decode(chunk.ids)
+        assert all(fact.value.lower() in text.lower() for fact in chunk.facts)
+        turns = text.count("User: ")
+        shared += 0 < turns < len(chunk.facts)
+        own_in_text += not turns and any(fact.is_own for fact in chunk.facts)
+    assert shared > 0
+    assert own_in_text > 0
+
+
 def test_chat_turns_are_answered_by_the_prompt_itself(source: EpisodeSource) -> None:
     talker = EpisodeSource(source.codec, source.prose, source.starts, Random(5), chat_share=0.1)
     chunks = talker.draw_chunks(100, 64)
