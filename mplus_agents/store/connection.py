@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import sqlite3
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -139,12 +140,18 @@ class Database:
     @contextmanager
     def _translated_errors(self) -> Iterator[None]:
         """Turn every error of SQLAlchemy and its driver into a StoreError: the only place that does."""
+        handled_before = sys.exception()
         try:
             yield
-        except DBAPIError as error:
-            raise StoreError(f"{_reason(error.orig)} ({self.url})") from error
-        except (SQLAlchemyError, sqlite3.Error) as error:
-            raise StoreError(f"{_reason(error)} ({self.url})") from error
+        except Exception as error:
+            # An interrupt inside SQLAlchemy breaks what it assumes of itself; the caller is to see the interrupt.
+            interrupt = _interrupt_behind(error, handled_before)
+            if interrupt is not None:
+                raise interrupt from None
+            if not isinstance(error, (SQLAlchemyError, sqlite3.Error)):
+                raise
+            cause = error.orig if isinstance(error, DBAPIError) else error
+            raise StoreError(f"{_reason(cause)} ({self.url})") from error
 
     def _check_free(self) -> None:
         pool = self._engine.pool
@@ -218,6 +225,16 @@ def _check_driver(engine: sa.Engine) -> None:
     if isinstance(engine.pool, SingletonThreadPool):
         allowed = "for a database in memory, an Engine with poolclass=StaticPool (or the URL 'sqlite://')"
         raise InvalidInputError("target", engine, allowed)
+
+
+def _interrupt_behind(error: BaseException, until: BaseException | None) -> BaseException | None:
+    """Return the KeyboardInterrupt or SystemExit during whose handling an error arose, unless it was handled before."""
+    context = error.__context__
+    while context is not None and context is not until:
+        if not isinstance(context, Exception):
+            return context
+        context = context.__context__
+    return None
 
 
 def _reason(error: BaseException | None) -> str:

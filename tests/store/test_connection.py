@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import sqlite3
+import sys
 import threading
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
@@ -280,6 +283,59 @@ def test_a_callers_engine_in_autocommit_still_gets_whole_transactions(tmp_path: 
         assert grow(store, agent, range(2)).version == 2
         assert store.agent_version(agent.id) == 2
     engine.dispose()
+
+
+def interrupted_at(num_lines: int, body: Callable[[], None]) -> bool:
+    """Raise KeyboardInterrupt before a line of SQLAlchemy's transactions, counted from 1; False if it ends before."""
+    lines_left = num_lines
+
+    def trace(frame: FrameType, event: str, arg: object) -> Any:
+        nonlocal lines_left
+        if not frame.f_code.co_filename.endswith(("sqlalchemy/engine/base.py", "sqlalchemy/engine/util.py")):
+            return None
+        lines_left -= event == "line"
+        if lines_left == 0 and event == "line":
+            raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    try:
+        sys.settrace(trace)
+        body()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(before)
+    return False
+
+
+def test_an_interrupt_anywhere_in_a_transaction_comes_out_as_it_is_and_does_no_harm(tmp_path: Path) -> None:
+    with Store(f"sqlite:///{tmp_path}/a.db", busy_timeout_s=0.2) as store:
+        agent = create(store)
+
+        def write() -> None:
+            with store.write(agent) as tx:
+                tx.add_to_window([tx.add_event("message", text=f"{tx.agent.version}").seq])
+
+        num_lines = 1
+        while interrupted_at(num_lines, write):
+            found = store.find_agent("default", "alice")
+            assert found is not None
+            assert [event.text for event in store.window(agent.id)] == [f"{at}" for at in range(found.version)]
+            agent = found
+            num_lines += 1
+        assert num_lines > 100
+        assert store.agent_version(agent.id) == agent.version + 1
+
+
+def test_an_error_of_the_database_after_an_interrupt_is_still_ours(tmp_path: Path) -> None:
+    with Store(f"sqlite:///{tmp_path}/a.db") as store:
+        agent = create(store)
+        try:
+            give_up(store, agent)
+        except KeyboardInterrupt:
+            with pytest.raises(StoreError, match="syntax error"), store._database.read() as connection:
+                connection.exec_driver_sql("SELEC")
 
 
 def test_a_callers_open_transaction_is_not_rolled_back() -> None:
