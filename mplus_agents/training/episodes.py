@@ -62,7 +62,7 @@ class Question:
             nobody told it.
         prompt: The prompt.
         unknown: The answer if nobody told it.
-        reply: The answer, if none of the chunks holds it but the prompt itself; None otherwise.
+        reply: The answer, if the prompt itself holds it, whatever the chunks say; None otherwise.
     """
 
     chunk: int
@@ -217,10 +217,12 @@ class EpisodeSource:
             told = draw_facts(rng, 1, "training", own=rng.random() < 0.5, common=self.common)[0]
             prompt = self._prompt(told.state(rng), long, told.key)
             return Question(chunk_idx, told.key, {}, prompt, told.unknown_answer(), ACKNOWLEDGEMENT)
+        near = {chunk_idx, chunk_idx - 1, chunk_idx + 1}  # where an update may be
+        answers = {place: other.answer() for place, other in tellers[fact.key].items() if place in near}
         if self.chat_share and long and rng.random() < _TOLD_IN_WINDOW * self.chat_share:
             told = Fact(fact.person, fact.relation, fact.relation.draw_value(rng, "training", self.common))
             prompt = self._prompt_after(told.ask(rng), self._turns(told.key, told), is_needed=True)
-            return Question(chunk_idx, told.key, {}, prompt, told.unknown_answer(), told.answer())
+            return Question(chunk_idx, told.key, answers, prompt, told.unknown_answer(), told.answer())
         if rng.random() < _UNKNOWN:
             person = draw_name(rng, "training", common=0.0) if rng.random() < 0.3 else fact.person
             kinds = [kind for kind in RELATIONS if (person, kind.name) not in tellers]
@@ -228,8 +230,6 @@ class EpisodeSource:
                 asked = Fact(person, rng.choice(kinds), "")
                 prompt = self._prompt(asked.ask(rng), long, asked.key)
                 return Question(chunk_idx, asked.key, {}, prompt, asked.unknown_answer())
-        near = {chunk_idx, chunk_idx - 1, chunk_idx + 1}  # where an update may be
-        answers = {place: other.answer() for place, other in tellers[fact.key].items() if place in near}
         prompt = self._prompt(fact.ask(rng), long, fact.key)
         return Question(chunk_idx, fact.key, answers, prompt, fact.unknown_answer())
 

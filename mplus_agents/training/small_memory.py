@@ -189,7 +189,7 @@ class MemoryTasks:
             order = torch.randint(self._tail.shape[1], (stage.num_chunks,))
             tail = list(self._tail[:, order])
         ids = torch.tensor([chunk.ids for chunk in chunks], device=self._network.bos_embedding.device)
-        new = self._network.write(ids, tail)
+        new = self._write(ids, tail)
         pool = [rows.flatten(0, 1) for rows in new]
         world = list(chunks)
         for old, tokens in self._queue:
@@ -200,6 +200,14 @@ class MemoryTasks:
         if stage.queue_steps:
             self._queue = [(chunks, kept.flatten(1, 2)), *self._queue][: stage.queue_steps]
         return world, pool
+
+    def _write(self, ids: torch.Tensor, tail: list[torch.Tensor] | None) -> list[torch.Tensor]:
+        """Write every second chunk after the one before, as in use: a correction then sees what it corrects."""
+        first = self._network.write(ids[::2], None if tail is None else [rows[::2] for rows in tail])
+        order = torch.arange(len(ids))
+        order = torch.cat([order[::2], order[1::2]]).argsort()
+        second = self._network.write(ids[1::2], [rows[: len(ids) // 2].detach() for rows in first])
+        return [torch.cat(rows)[order] for rows in zip(first, second, strict=True)]
 
     def _histories(self, asked: Sequence[Sequence[Question]], tellers: Any, num_chunks: int) -> Histories:
         stage, memory, num_rows = self._stage, self._network.config.memory, len(asked)

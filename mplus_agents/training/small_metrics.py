@@ -42,17 +42,18 @@ def accuracy_by_kind(
     """
     updated = torch.tensor([len(question.answers) > 1 for question in questions])
     own = torch.tensor([question.key[0] == USER for question in questions])
-    known = holder >= 0
+    replied = torch.tensor([question.reply is not None for question in questions])
+    known = (holder >= 0) & ~replied
     age = histories.ages.gather(1, holder.clamp(min=0)[:, None])[:, 0]
     far = known & (age >= 64)
-    replied = torch.tensor([question.reply is not None for question in questions])
     kinds = {
         "exact": known,
         "far": far,
         "updated": updated & known,
         "own": own & known,
-        "unknown": ~known & ~replied,
-        "chat": replied,
+        "unknown": (holder < 0) & ~replied,
+        "chat": replied & (holder < 0),
+        "window": replied & (holder >= 0),
     }
     return {name: exact[rows].mean().item() for name, rows in kinds.items() if rows.any()}
 

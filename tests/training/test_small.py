@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from mplus_agents.engine.prompts import Prompt
 from mplus_agents.errors import ConfigError
 from mplus_agents.training.build import build_network
-from mplus_agents.training.episodes import ACKNOWLEDGEMENT, EpisodeSource, Question
+from mplus_agents.training.episodes import ACKNOWLEDGEMENT, EpisodeSource, Question, find_tellers
+from mplus_agents.training.network import TrainableMPlus
 from mplus_agents.training.small import SmallRecipe
 from mplus_agents.training.small_memory import _first_turns, _rows, bring_together
 from mplus_agents.training.small_stage import SmallStage, StepKind
@@ -62,6 +63,35 @@ def test_a_fact_told_after_text_in_the_prompt_is_acknowledged(monkeypatch: pytes
     monkeypatch.setattr(recipe._context, "_answer_in_context", collect)
     recipe._context.context(2)
     assert set(answers) == {ACKNOWLEDGEMENT}
+
+
+def test_what_the_window_corrects_is_in_the_past_too() -> None:
+    _, recipe = small_recipe("long_term", "cpu", num_chunks=30)
+    source = recipe._source
+    source.chat_share = 0.1
+    chunks = source.draw_chunks(30, 40)
+    tellers = find_tellers(chunks)
+    told = [place for place, chunk in enumerate(chunks) if chunk.facts]
+    asked = [source.draw_questions(chunks, source.rng.choice(told), tellers, 1, long=True) for _ in range(100)]
+    ages = recipe._memory._histories(asked, tellers, len(chunks)).ages
+    corrected = [row for row, [question] in enumerate(asked) if question.reply not in (None, ACKNOWLEDGEMENT)]
+    assert len(corrected) > 20
+    assert all(ages[row, asked[row][0].chunk] >= 0 for row in corrected)
+
+
+@pytest.mark.parametrize("num_chunks", [6, 7])
+def test_every_second_chunk_is_written_after_the_one_before(num_chunks: int) -> None:
+    network, recipe = small_recipe("theta", "cpu", num_chunks=num_chunks)
+    assert isinstance(network, TrainableMPlus)
+    ids = torch.randint(5, 50, (num_chunks, 40))
+    tail = [torch.randn(num_chunks, 4, network.bos_embedding.shape[-1]) for _ in network.layers]
+    for before in (tail, None):
+        new = recipe._memory._write(ids, before)
+        for place in range(num_chunks):
+            one = slice(place, place + 1)
+            seen = [rows[place - 1 : place] for rows in new] if place % 2 else before and [rows[one] for rows in before]
+            for rows, expected in zip(new, network.write(ids[one], seen), strict=True):
+                torch.testing.assert_close(rows[one], expected, atol=1e-5, rtol=1e-4)
 
 
 def test_fewer_tokens_in_a_step_than_are_retrieved_are_refused() -> None:
