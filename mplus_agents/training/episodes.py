@@ -11,7 +11,7 @@ import torch
 from mplus_agents.engine.prompts import Prompt, chat_prompt, question_prompt
 from mplus_agents.engine.records import Message
 from mplus_agents.engine.text import TextCodec
-from mplus_agents.language import RELATIONS, Fact, draw_facts, draw_name, relation
+from mplus_agents.language import RELATIONS, USER, Fact, draw_facts, draw_name, relation
 from mplus_agents.language.prose import packaged_prose as packaged_prose
 
 ACKNOWLEDGEMENT = "I see."
@@ -29,7 +29,8 @@ _OWN_FACTS = 0.4  # of dialogues
 _OWN_IN_TEXT = 0.15  # of other chunks
 _SAME_TURN = 0.25  # of the facts in a dialogue that follow another one
 _DENSE = 0.3
-_UPDATES = 0.2
+_REPLIED = 0.7  # of the conversations that wait in the window
+_UPDATES = 0.25
 _UNKNOWN = 0.05
 # What is hardest is told more often: a value before its person, and numbers, which are four random tokens.
 _VALUE_FIRST = 0.3  # besides those that are drawn anyway
@@ -142,6 +143,7 @@ class EpisodeSource:
         facts = draw_facts(rng, num_facts, "training", _TOLD, own=own, common=self.common)
         if again is not None:
             facts = [again, *(fact for fact in facts if fact.key != again.key)][:4]
+            rng.shuffle(facts)  # that it stands first must not tell a correction
         pieces, told = self._write(facts, num_tokens, is_dialogue)
         return Chunk(self._fill_up(pieces, num_tokens), told)
 
@@ -209,9 +211,16 @@ class EpisodeSource:
         """
         facts = chunks[chunk_idx].facts
         asked = self.rng.sample(facts, min(num_questions, len(facts)))
-        return [self._ask(fact, chunk_idx, tellers, long) for fact in asked]
+        return [self._ask(fact, chunks, chunk_idx, tellers, long) for fact in asked]
 
-    def _ask(self, fact: Fact, chunk_idx: int, tellers: Mapping[Key, Mapping[int, Fact]], long: bool) -> Question:
+    def _ask(
+        self,
+        fact: Fact,
+        chunks: Sequence[Chunk],
+        chunk_idx: int,
+        tellers: Mapping[Key, Mapping[int, Fact]],
+        long: bool,
+    ) -> Question:
         rng = self.rng
         if self.chat_share and rng.random() < self.chat_share:
             told = draw_facts(rng, 1, "training", own=rng.random() < 0.5, common=self.common)[0]
@@ -225,7 +234,10 @@ class EpisodeSource:
             return Question(chunk_idx, told.key, answers, prompt, told.unknown_answer(), told.answer())
         if rng.random() < _UNKNOWN:
             person = draw_name(rng, "training", common=0.0) if rng.random() < 0.3 else fact.person
-            kinds = [kind for kind in RELATIONS if (person, kind.name) not in tellers]
+            told_here = {fact.key for fact in chunks[chunk_idx].facts}
+            # Who speaks has told everything somewhere; `_histories` keeps those chunks out.
+            elsewhere = tellers if person != USER else told_here
+            kinds = [kind for kind in RELATIONS if (person, kind.name) not in {*elsewhere, *told_here}]
             if kinds:
                 asked = Fact(person, rng.choice(kinds), "")
                 prompt = self._prompt(asked.ask(rng), long, asked.key)
@@ -252,7 +264,7 @@ class EpisodeSource:
         human, helper = rng.choice(_LABELS)
         lead = rng.choice(_PREAMBLES) if rng.random() < 0.5 else self._prose_text(rng.randint(10, 70))
         head = rng.choice(("Current conversation:\n", "Conversation so far:\n", ""))
-        history = window if rng.random() < 0.4 or is_needed else ""
+        history = window.rstrip() if rng.random() < 0.4 or is_needed else ""
         text = f"{lead}\n\n{head}{history}\n{human}: {question}\n{helper}:"
         return chat_prompt(self.codec, [Message("user", text)])
 
@@ -275,7 +287,12 @@ class EpisodeSource:
         if rng.random() < 0.5:
             return " ".join(fact.state(rng) for fact in facts)
         human, helper = rng.choice((("User", "Assistant"), ("Human", "AI")))
-        return "".join(f"{human}: {fact.state(rng)}\n{helper}: {rng.choice(_REPLIES)}\n" for fact in facts)
+        has_replies = rng.random() < _REPLIED
+        lines = []
+        for turn in self._turns_of(facts):
+            lines.append(f"{human}: {' '.join(fact.state(rng) for fact in turn)}\n")
+            lines += [f"{helper}: {rng.choice(_REPLIES)}\n"] * has_replies
+        return "".join(lines)
 
     def _prose_text(self, num_tokens: int) -> str:
         return self.codec.decode(self.draw_prose(num_tokens)).strip()

@@ -59,6 +59,7 @@ class SmallRecipe:
             step: Its number within the stage.
         """
         stage = self._stage
+        self._source.chat_share = stage.chat_share
         self._source.common = stage.common_from + (stage.common_to - stage.common_from) * step / stage.steps
         if stage.kind == "repeat":
             return self._context.repeat()
@@ -72,5 +73,5 @@ class SmallRecipe:
         if stage.kind == "write":
             return self._memory.write_only()
         help_share = max(0.0, _HELP_SHARE * (1 - step / (_HELP_UNTIL * stage.steps)))
-        is_long = bool(stage.long_prompt_every) and step % stage.long_prompt_every == 1
+        is_long = bool(stage.long_prompt_every) and step % stage.long_prompt_every == 1 % stage.long_prompt_every
         return self._memory.memory(is_long, help_share)

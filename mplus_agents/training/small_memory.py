@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
-from random import Random
 from typing import Any, cast
 
 import torch
@@ -27,7 +26,7 @@ _LEVELS = (1, 2, 4, 8)  # chunks in θ, while writing is learned
 _NEXT_LEVEL_AT = 0.65
 _K0_SHARES = (0.5, 1, 1, 1.5, 2, 2)  # other K0 than the model's are read too, so that places further back are learned
 MEMORY_TURNS = 2  # questions in a row that reads memory: the second one sees what was retrieved for the first
-_SOON_AGAIN = 0.5  # of the facts told twice, how many are told again within three chunks
+_SOON_AGAIN = 0.5  # of the facts told again after other chunks, how many within four chunks
 _MEAN_AGE = 6.0  # of facts that are asked for while they are young
 
 
@@ -135,7 +134,6 @@ class MemoryTasks:
         told = [place for place, chunk in enumerate(chunks[: stage.num_chunks]) if chunk.facts]
         num_rows = stage.num_questions // (3 if is_long else 1)
         tellers = find_tellers(chunks)
-        self._source.chat_share = stage.chat_share
         most = 1 if is_long else MEMORY_TURNS
         asked = [self._source.draw_questions(chunks, rng.choice(told), tellers, most, is_long) for _ in range(num_rows)]
         histories = self._histories(asked, tellers, len(chunks))
@@ -146,8 +144,7 @@ class MemoryTasks:
         theta = draw_theta(histories.ages, memory.num_layers, memory)
         holder = torch.tensor(holders)
         per_chunk = memory.tokens_per_injection
-        owner = torch.arange(len(chunks)).repeat_interleave(per_chunk)
-        positives = owner[None] == holder[:, None]
+        positives = _tells(questions, histories.ages).repeat_interleave(per_chunk, dim=1)
         retriever_loss = RetrieverLoss(positives.to(pool[0].device), stage.objective, stage.detach_hidden)
         share = rng.choice(_K0_SHARES)
         num_retrieved = int(share * memory.num_retrieved) if stage.kind == "long_term" else 0
@@ -238,26 +235,50 @@ class MemoryTasks:
         lengths = torch.minimum(lengths, most)
         ages = torch.minimum(ages, lengths - 1)
         drawn = draw_histories(allowed, targets, ages, lengths)
-        for row, question in enumerate(firsts):
-            if len(question.answers) > 1 and self._source.rng.random() < _SOON_AGAIN:
-                other = self._source.rng.choice([chunk for chunk in question.answers if chunk != question.chunk])
-                bring_together(drawn[row], question.chunk, other, self._source.rng)
+        for row, questions in enumerate(asked):
+            for question in questions:
+                for other in question.answers.keys() - {question.chunk}:
+                    self._place_other(drawn[row], question.chunk, other)
         return Histories(drawn, has_long_term)
 
+    def _place_other(self, ages: torch.Tensor, chunk: int, other: int) -> None:
+        """Put another telling of a fact in its place: right before or after, if one was written after the other.
 
-def bring_together(ages: torch.Tensor, chunk: int, other: int, rng: Random) -> None:
-    """Let another chunk change places with one that stands close to a chunk; with nobody if the place is outside.
+        Of the others, half stand close. If there is no such place, it stays outside.
+        """
+        rng, later = self._source.rng, max(chunk, other)
+        if ages[chunk] < 0:
+            return
+        if later % self._stage.num_chunks % 2:
+            if not move_beside(ages, chunk, other, 1 if chunk == later else -1):
+                ages[other] = -1
+        elif rng.random() < _SOON_AGAIN:
+            move_beside(ages, chunk, other, rng.choice((-4, -3, -2, 2, 3, 4)))
+
+
+def move_beside(ages: torch.Tensor, chunk: int, other: int, offset: int) -> bool:
+    """Let another chunk change places with the one that is so much older than a chunk; return whether there is one.
 
     Args:
         ages: [c] int64, −1 for a chunk outside this past; changed in place.
         chunk: The chunk.
         other: The other one.
-        rng: Where randomness comes from.
+        offset: Age of that place, less the chunk's age; not 0.
     """
-    wanted = int(ages[chunk]) + rng.choice((-3, -2, -1, -1, 1, 1, 2, 3))
+    wanted = int(ages[chunk]) + offset
     there = (ages == wanted).nonzero()
-    if wanted >= 0 and len(there):
-        ages[there[0, 0]], ages[other] = int(ages[other]), wanted
+    if wanted < 0 or not len(there):
+        return False
+    ages[there[0, 0]], ages[other] = int(ages[other]), wanted
+    return True
+
+
+def _tells(questions: Sequence[Question], ages: torch.Tensor) -> torch.Tensor:
+    """[r, c] bool, which chunks of a past tell what is asked about, with whatever value."""
+    tells = torch.zeros_like(ages, dtype=torch.bool)
+    for row, question in enumerate(questions):
+        tells[row, list(question.answers)] = True
+    return tells & (ages >= 0)
 
 
 def _to_plain(chunk: Chunk) -> list[Any]:

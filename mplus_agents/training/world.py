@@ -89,6 +89,7 @@ def draw_theta(ages: torch.Tensor, num_layers: int, memory: MemoryConfig) -> tor
     at_risk = torch.minimum(torch.arange(horizon)[None], (lengths[:, None] - num_slots // per_chunk).clamp(min=0))
     rate = -torch.log(torch.tensor(1 - per_chunk / num_slots))
     left = torch.empty(num_layers, num_rows, horizon, per_chunk).exponential_() - at_risk[None, :, :, None] * rate
+    left[:, :, :1] = torch.inf  # what was written last is there as a whole
     left.masked_fill_((chunk_of_age < 0)[None, :, :, None], -torch.inf)
     left = left.flatten(2)
     num_kept = min(num_slots, left.shape[2])

@@ -15,12 +15,13 @@ from mplus_agents.training.build import build_network
 from mplus_agents.training.episodes import ACKNOWLEDGEMENT, EpisodeSource, Question, find_tellers
 from mplus_agents.training.network import TrainableMPlus
 from mplus_agents.training.small import SmallRecipe
-from mplus_agents.training.small_memory import _first_turns, _rows, bring_together
+from mplus_agents.training.small_memory import _first_turns, _rows, _tells, move_beside
 from mplus_agents.training.small_stage import SmallStage, StepKind
 from tests.training.stages import stage
 
 _PROSE = "There was a long road to the sea and back again. " * 60
 _KINDS: tuple[StepKind, ...] = ("repeat", "recall", "context", "write", "theta", "long_term")
+_AGES = torch.tensor([[4, 0, 3, 1], [0, 1, 2, 3], [0, 2, 1, -1]])
 _DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
@@ -53,7 +54,7 @@ def test_steps_of_every_kind_train_what_they_use(kind: StepKind, device: str) ->
 
 def test_a_fact_told_after_text_in_the_prompt_is_acknowledged(monkeypatch: pytest.MonkeyPatch) -> None:
     _, recipe = small_recipe("long_term", "cpu", num_chunks=8)
-    recipe._source.chat_share = 1.0  # as a memory step leaves it; every turn tells something now
+    recipe._source.chat_share = 1.0  # every turn tells something now
     answers: list[str] = []
 
     def collect(rows: list[list[tuple[Prompt, str]]], lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -123,9 +124,9 @@ def test_the_first_question_of_a_row_alone_queries_and_each_gets_the_answer_that
     assert _first_turns(asked) == [0, 2, 3]
 
 
-@given(st.randoms(use_true_random=False), st.integers(2, 30), st.integers(0, 5))
-def test_a_fact_told_again_soon_stands_within_three_chunks_and_all_else_keeps_its_order(
-    rng: Random, num_chunks: int, num_outside: int
+@given(st.randoms(use_true_random=False), st.integers(2, 30), st.integers(0, 5), st.sampled_from([-3, -1, 1, 2]))
+def test_a_chunk_moves_beside_another_and_all_else_keeps_its_order(
+    rng: Random, num_chunks: int, num_outside: int, offset: int
 ) -> None:
     places = rng.sample(range(num_chunks), num_chunks)
     ages = torch.tensor([age if age < num_chunks - num_outside else -1 for age in places])
@@ -135,11 +136,60 @@ def test_a_fact_told_again_soon_stands_within_three_chunks_and_all_else_keeps_it
     chunk = rng.choice(inside)
     other = rng.choice([item for item in range(num_chunks) if item != chunk])
     before = ages.clone()
-    bring_together(ages, chunk, other, rng)
+    has_moved = move_beside(ages, chunk, other, offset)
     assert sorted(ages.tolist()) == sorted(before.tolist())
-    moved = (ages != before).nonzero()[:, 0].tolist()
+    assert has_moved == (int(before[chunk]) + offset in [age for age in before.tolist() if age >= 0])
+    assert ages[other] == (before[chunk] + offset if has_moved else before[other])
+    moved = set((ages != before).nonzero()[:, 0].tolist())
     assert chunk not in moved
-    if moved:
-        assert other in moved
-        assert len(moved) == 2
-        assert 1 <= abs(int(ages[chunk] - ages[other])) <= 3
+    assert moved <= {other, *(before == before[chunk] + offset).nonzero()[:, 0].tolist()}
+
+
+def test_what_was_written_after_another_telling_is_right_after_it_and_holds() -> None:
+    _, recipe = small_recipe("long_term", "cpu", num_chunks=40)
+    source, in_order, others = recipe._source, 0, 0
+    for _ in range(10):
+        chunks = source.draw_chunks(40, 60)
+        tellers = find_tellers(chunks)
+        told = [place for place, chunk in enumerate(chunks) if chunk.facts]
+        asked = [source.draw_questions(chunks, source.rng.choice(told), tellers, 2) for _ in range(60)]
+        histories = recipe._memory._histories(asked, tellers, len(chunks)).ages.tolist()
+        for questions, ages, row in zip(asked, histories, _rows(asked, histories), strict=True):
+            for question, (_, answer) in zip(questions, row, strict=True):
+                pairs = [(at, at + 1) for at in question.answers if at + 1 in question.answers]
+                for earlier, later in pairs:
+                    if min(ages[earlier], ages[later]) < 0:
+                        continue
+                    if later % 2 == 0:
+                        others += 1
+                        continue
+                    in_order += 1
+                    assert ages[earlier] == ages[later] + 1
+                    if len(question.answers) == 2:
+                        assert answer == question.answers[later]
+    assert min(in_order, others) > 10
+
+
+def test_all_tellings_in_the_past_are_wanted_of_the_retriever() -> None:
+    def question(answers: dict[int, str]) -> Question:
+        return Question(0, ("Maya", "home"), answers, Prompt([5], [True], ()), "Never told.")
+
+    tells = _tells([question({0: "Oslo.", 2: "Rome."}), question({}), question({1: "Lima.", 3: "Bern."})], _AGES)
+    assert tells.tolist() == [[True, False, True, False], [False] * 4, [False, True, False, False]]
+
+
+@pytest.mark.parametrize(("kind", "step"), [("long_term", 10), ("long_term", 11), ("theta", 3)])
+def test_a_step_after_going_on_is_the_step_it_would_have_been(kind: StepKind, step: int) -> None:
+    options = SmallStage(kind, 40, 8, 6, queue_steps=2, context_every=10, long_prompt_every=3, chat_share=0.5)
+    network, codec = build_network(stage())
+    for seed in range(4):
+        first = SmallRecipe(network, EpisodeSource.load(codec, [_PROSE], seed=seed), options)
+        torch.manual_seed(seed)
+        for number in range(step - 2, step):
+            first.loss(number)
+        state, generator = first.state_dict(), torch.get_rng_state()
+        expected = [first.loss(number)[0].item() for number in range(step, step + 3)]
+        again = SmallRecipe(network, EpisodeSource.load(codec, [_PROSE], seed=99), options)
+        again.load_state_dict(state)
+        torch.set_rng_state(generator)
+        assert [again.loss(number)[0].item() for number in range(step, step + 3)] == expected
