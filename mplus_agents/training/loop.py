@@ -15,7 +15,16 @@ from mplus_agents.training.assemble import build_recipe, carry_over, draw_seed
 from mplus_agents.training.build import build_network
 from mplus_agents.training.config import StageConfig
 from mplus_agents.training.folders import save_network
-from mplus_agents.training.stage_run import StageResult, check_output, locked, read_result, remove_results
+from mplus_agents.training.stage_run import (
+    StageResult,
+    check_output,
+    check_start,
+    locked,
+    note_start,
+    read_result,
+    remove_results,
+    start_digest,
+)
 from mplus_agents.training.trainer import Trainer
 
 
@@ -52,9 +61,12 @@ def train(
     """
     accelerator = make_accelerator(stage)
     is_main, rank = accelerator.is_main_process, accelerator.process_index
-    finished = None if output in replace else read_result(output, stage)
-    if finished is not None:
-        return finished
+    digest = start_digest(stage, previous)
+    if output not in replace:
+        check_start(output, digest)
+        finished = read_result(output, stage)
+        if finished is not None:
+            return finished
     check_output(output)
     network, codec = build_network(stage, previous)
     network.to(accelerator.device)
@@ -71,6 +83,7 @@ def train(
         if is_main:
             for folder in replace:
                 remove_results(folder)
+            note_start(output, digest)
         accelerator.wait_for_everyone()
         return Trainer(network, recipe, stage, output, accelerator, save, on_log, show_progress).run()
 

@@ -180,7 +180,9 @@ class MemoryTasks:
             num_tokens = rng.randint(_SHORTEST_CHUNK, num_tokens * 2 // 3)  # what is short is learned first
         elif rng.random() > _FULL_CHUNKS:
             num_tokens = rng.randint(_SHORTEST_CHUNK, num_tokens)
-        chunks = self._source.draw_chunks(stage.num_chunks, num_tokens)
+        chunks: list[Chunk] = []
+        while not any(chunk.facts for chunk in chunks):  # there has to be something to ask about
+            chunks = self._source.draw_chunks(stage.num_chunks, num_tokens)
         tail = None
         if self._tail is not None and rng.random() >= _FIRST_WRITES:
             order = torch.randint(self._tail.shape[1], (stage.num_chunks,))

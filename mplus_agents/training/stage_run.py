@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -16,10 +17,12 @@ import torch
 
 from mplus_agents.errors import CheckpointError, ConfigError, MPlusError
 from mplus_agents.training.checkpoints import write_atomically
-from mplus_agents.training.config import StageConfig
+from mplus_agents.training.config import PREVIOUS, StageConfig
+from mplus_agents.training.folders import model_folder
 
 Reason = Literal["steps", "stop_when", "early_stop"]
 RESULT, MODEL = "result.json", "model"
+_STARTED_FROM = "started_from.json"
 # What may change between two runs of the same training.
 _FREE_KEYS = ("name", "steps", "save_every", "log_every", "tensorboard", "stop_when", "early_stop")
 
@@ -146,10 +149,58 @@ def remove_results(output: Path) -> None:
     Args:
         output: The folder.
     """
-    for name in (RESULT, "log.csv", "curves.png"):
+    for name in (RESULT, _STARTED_FROM, "log.csv", "curves.png"):
         (output / name).unlink(missing_ok=True)
     for name in (MODEL, "checkpoints", "tensorboard"):
         shutil.rmtree(output / name, ignore_errors=True)
+
+
+def start_digest(stage: StageConfig, previous: Path | None) -> str | None:
+    """Return a digest of the weights that a stage starts from; None if it starts from no model of ours that is there.
+
+    Args:
+        stage: The stage.
+        previous: Output folder of the stage before.
+    """
+    start = stage.model.start
+    folder = None if start is None else previous if start.path == PREVIOUS else Path(start.path)
+    if folder is None or not any((path / "config.json").is_file() for path in (folder / MODEL, folder)):
+        return None
+    digest = hashlib.sha256()
+    for path in sorted(model_folder(folder).glob("*.safetensors")):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def check_start(output: Path, digest: str | None) -> None:
+    """Refuse to go on with a stage whose start has changed since.
+
+    Args:
+        output: The stage's folder.
+        digest: What `start_digest` returns now.
+
+    Raises:
+        CheckpointError: It was started from other weights.
+    """
+    path = output / _STARTED_FROM
+    if digest is not None and path.is_file() and read_values(path, ("weights",))["weights"] != digest:
+        raise CheckpointError(
+            f"{output} was started from other weights than those of the stage before now, which has been trained on or "
+            "anew since; train this stage and those after it with --fresh"
+        )
+
+
+def note_start(output: Path, digest: str | None) -> None:
+    """Write what `check_start` reads, unless it is there.
+
+    Args:
+        output: The stage's folder.
+        digest: What `start_digest` returned.
+    """
+    path, text = output / _STARTED_FROM, json.dumps({"weights": digest}) + "\n"
+    if digest is not None and not path.exists():
+        write_atomically(path, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))
 
 
 def check_settings(before: Mapping[str, Any], stage: StageConfig, where: Path) -> None:

@@ -71,6 +71,11 @@ def test_trains_all_stages_and_what_comes_out_answers(mplus: Run, recipe: Path) 
 
     again = mplus("train", str(recipe))
     assert again.stdout.splitlines()[1].startswith("2-long-term: was finished before: 2 steps")
+    # A stage whose start has changed is not taken for finished.
+    later = mplus("train", str(recipe), "--set", "1-repeat:steps=6")
+    assert later.exit_code == 1
+    assert later.stdout.startswith("1-repeat: 6 steps")
+    assert "2-long-term was started from other weights than those of the stage before now" in later.stderr
     fresh = mplus("train", str(recipe), "--stage", "2-long-term", "--fresh", "--set", "2-long-term:steps=1")
     assert fresh.stdout.startswith("2-long-term: 1 steps")
 
@@ -196,7 +201,8 @@ def test_output_that_is_a_file(mplus: Run, recipe: Path, tmp_path: Path) -> None
 
 @pytest.mark.slow
 def test_killed_process_goes_on_bit_for_bit(tmp_path: Path) -> None:
-    values = stage_values(steps=40, save_every=1, recipe={**SMALL_WORLD, "kind": "theta"}, precision="bf16_master")
+    small = {**SMALL_WORLD, "kind": "theta", "context_every": 3, "long_prompt_every": 2, "chat_share": 0.2}
+    values = stage_values(steps=40, save_every=1, recipe=small, precision="bf16_master")
     write(tmp_path / "s.yaml", values)
     arguments = ["train", str(tmp_path / "s.yaml"), "--output"]
     run = [sys.executable, "-m", "mplus_agents.cli.main", *arguments]
