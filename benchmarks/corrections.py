@@ -46,15 +46,16 @@ def main() -> None:
     points = []
     with loaded.open() as mplus:
         agent, rng = mplus.agent("corrections", seed=options.seed), Random(options.seed)
+        used: set[tuple[str, str]] = set()
         place = read(agent, prose, 0, _FILL)
         for distance in distances:
             counts: Counter[tuple[str, str]] = Counter()
             for _ in tqdm(range(options.questions), desc=f"{distance} chunks"):
-                fact, others = draw(rng)
+                fact, others = draw(rng, used)
                 agent.remember(" ".join(item.state(rng) for item in [fact, *others]))
                 agent.flush()
                 place = read(agent, prose, place, distance)
-                counts.update(correct(agent, fact, rng))
+                counts.update(correct(agent, fact, rng, used))
             for moment in _MOMENTS:
                 shares = [counts[moment, value] / options.questions for value in ("earlier", "later", "neither")]
                 table.add_row(f"{distance}", moment, *(f"{share:.2f}" for share in shares))
@@ -66,14 +67,19 @@ def main() -> None:
         options.output.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
 
 
-def draw(rng: Random) -> tuple[Fact, list[Fact]]:
-    """Draw a fact and up to two others that are told with it, all new.
+def draw(rng: Random, used: set[tuple[str, str]], num_facts: int = 3) -> tuple[Fact, list[Fact]]:
+    """Draw a fact and others that are told with it, none of which was told before.
 
     Args:
         rng: Where randomness comes from.
+        used: What was told; grows.
+        num_facts: How many.
     """
-    fact, *others = draw_facts(rng, 3, "evaluation")
-    return fact, others
+    while True:
+        facts = draw_facts(rng, num_facts, "evaluation")
+        if not used & {fact.key for fact in facts}:
+            used |= {fact.key for fact in facts}
+            return facts[0], facts[1:]
 
 
 def read(agent: Agent, prose: Prose, place: int, num_chunks: int) -> int:
@@ -91,19 +97,21 @@ def read(agent: Agent, prose: Prose, place: int, num_chunks: int) -> int:
     return place + num_chunks
 
 
-def correct(agent: Agent, fact: Fact, rng: Random) -> list[tuple[str, str]]:
+def correct(agent: Agent, fact: Fact, rng: Random, used: set[tuple[str, str]]) -> list[tuple[str, str]]:
     """Correct a fact, and ask for it before, between and after; return which value came when.
 
     Args:
         agent: An agent that was told the fact.
         fact: The fact.
         rng: Where the new value comes from.
+        used: What was told; grows.
     """
     value = fact.value
     while value == fact.value:
         value = fact.relation.draw_value(rng, "evaluation", 0.0)
     later = Fact(fact.person, fact.relation, value)
-    said = " ".join(item.state(rng) for item in [later, *draw_facts(rng, 1, "evaluation")])
+    sentences = [later.state(rng), draw(rng, used, 1)[0].state(rng)]
+    said = " ".join(rng.sample(sentences, 2))
     question = fact.ask(rng)
     answers = [agent.ask(question)]
     agent.remember([Message("user", said)])

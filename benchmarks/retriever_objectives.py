@@ -98,6 +98,7 @@ def train(model: str, objective: RetrieverObjective, num_steps: int, rate: float
     for step in tqdm(range(num_steps), desc=objective):
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * min(1.0, (step + 1) / _WARM_UP, 2 * (1 - step / num_steps))
+        torch.manual_seed(seed * num_steps + step)  # an objective that draws more must not change the episodes
         loss, _ = recipe.loss(stage.steps)
         optimizer.zero_grad()
         loss.backward()

@@ -115,6 +115,8 @@ class RetrieverResult(_Run):
     points: tuple[RetrieverPoint, ...]
 
 
+# The table shows distances, weights say which memory it is, and batches change no answer.
+_NOT_COMPARED = ("distances", "memory", "batch_size")
 _CONTAINED = "in brackets, where it is another: value contained"
 _ANY_RESULT: TypeAdapter[Result | RetrieverResult] = TypeAdapter(Result | RetrieverResult)
 
@@ -223,12 +225,20 @@ def differences(results: Sequence[tuple[str, Result]]) -> list[str]:
         results: Label and result of each.
     """
     found = [f"{label} is not complete" for label, result in results if not result.is_complete]
-    for name in ("seed", "condition", "prose", "template", "window_tokens", "num_retrieved"):
-        values = [result.seed if name == "seed" else result.settings.get(name) for _, result in results]
+    runs = [_settings_of(result) for _, result in results]
+    for name in dict.fromkeys(name for run in runs for name in run):
+        values = [run.get(name) for run in runs]
         if any(value != values[0] for value in values):
             listed = ", ".join(f"{value!r:.40} in {label}" for (label, _), value in zip(results, values, strict=True))
             found.append(f"the runs differ in {name}: {listed}")
     return found
+
+
+def _settings_of(result: Result) -> dict[str, Any]:
+    """Everything that decides the numbers."""
+    own = {"seed": result.seed, "streams": result.streams, "episodes": result.episodes}
+    others = {name: value for name, value in result.settings.items() if name not in _NOT_COMPARED}
+    return {**own, **others, "weights": result.weights.get("weights")}
 
 
 def retriever_table(result: RetrieverResult) -> Table:

@@ -136,6 +136,11 @@ def test_what_differs_is_said(tmp_path: Path) -> None:
         "the runs differ in condition: 'plain' in old, 'unknown' in new",
     ]
     assert differences(runs[:1] * 2) == []
+    changes: list[dict[str, Any]] = [{"streams": 25}, {"episodes": 9}, {"weights": {"weights": "other"}}]
+    changes += [{"settings": {**result().settings, name: 7}} for name in ("gap", "max_new_tokens")]
+    for change in changes:
+        [found] = differences([("old", result()), ("new", result(**change))])
+        assert found.startswith(f"the runs differ in {list(change.get('settings', change))[-1]}: ")
 
 
 def test_labels_are_no_markup() -> None:

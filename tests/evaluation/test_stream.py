@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from functools import cache
 from random import Random
 
@@ -10,7 +12,7 @@ import pytest
 from mplus_agents.engine.prompts import write_turn
 from mplus_agents.errors import InvalidInputError
 from mplus_agents.evaluation.stream import CONDITIONS, ChunkSizes, Condition, Prose, Question, Round, plan_stream
-from mplus_agents.language import NOT_KNOWN
+from mplus_agents.language import NOT_KNOWN, RELATIONS
 from tests.engine.engines import prose, tiny_codec
 
 _ASKED = {0: 2, 1: 2, 2: 1, 20: 2, 29: 2}
@@ -32,6 +34,22 @@ def timeline(planned: Round) -> list[str | None]:
         line += [telling.text for telling in step.tellings]
         line += [None] * num_chunks
     return line
+
+
+def keys_of(text: str, forms: str) -> set[tuple[str, str]]:
+    """What a text tells or asks, as person and relation, by the grammar's own forms."""
+    found = set()
+    for relation in RELATIONS:
+        ways: Sequence[str] = getattr(relation, forms)
+        for way in ways:
+            pattern = re.escape(way).replace(r"\{p\}", r"(?P<p>[A-Z]\w+)").replace(r"\{v\}", r"[\w ]+?")
+            found |= {(match["p"], relation.name) for match in re.finditer(rf"(?:^|(?<=[.:?] )){pattern}", text)}
+    return found
+
+
+def told_keys(rounds: list[Round]) -> set[tuple[str, str]]:
+    """Everything that streams tell outside the window."""
+    return {key for planned in rounds for text in timeline(planned) if text for key in keys_of(text, "statements")}
 
 
 def asked(rounds: list[Round]) -> list[tuple[Round, Question]]:
@@ -89,7 +107,11 @@ def test_never_told_is_never_told() -> None:
         rounds = plan("unknown", seed)
         told = " ".join(text for planned in rounds for text in timeline(planned) if text)
         strangers = 0
+        told_of = told_keys(rounds)
+        assert len(told_of) == sum(len(each.statements) for p in rounds for step in p.steps for each in step.tellings)
         for _, question in asked(rounds):
+            [key] = keys_of(question.text, "questions")
+            assert key not in told_of
             assert question.value == NOT_KNOWN
             assert question.answer.endswith(" is not known to me.")
             names = [word.strip("?.") for word in question.text.split()[1:] if word[0].isupper()]
@@ -127,7 +149,11 @@ def test_the_window_answers_nothing_and_fits() -> None:
         texts = [write_turn(turn.role, turn.content) for turn in planned.window]
         assert 0 < sum(len(tiny_codec().encode(text)) for text in texts) <= 60
         assert [turn.role for turn in planned.window][:2] == ["user", "assistant"]
-        assert not any(turn.content in (text or "") for turn in planned.window for text in timeline(planned))
+        waiting = {key for turn in planned.window for key in keys_of(turn.content, "statements")}
+        assert len(waiting) == len(planned.window) / 2
+        questions = {key for question in planned.questions for key in keys_of(question.text, "questions")}
+        assert len(questions) == len(planned.questions)
+        assert not waiting & (told_keys([planned]) | questions)
         assert (planned.steps, planned.questions) == (without.steps, without.questions)
         assert planned.history.splitlines()[0] == f"Human: {planned.window[0].content}"
 
