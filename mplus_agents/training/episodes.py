@@ -30,7 +30,7 @@ _OWN_IN_TEXT = 0.15  # of other chunks
 _SAME_TURN = 0.25  # of the facts in a dialogue that follow another one
 _DENSE = 0.3
 _REPLIED = 0.7  # of the conversations that wait in the window
-_UPDATES = 0.25
+_UPDATES = 0.12
 _UNKNOWN = 0.05
 # What is hardest is told more often: a value before its person, and numbers, which are four random tokens.
 _VALUE_FIRST = 0.3  # besides those that are drawn anyway
