@@ -129,7 +129,8 @@ class ContextTasks:
             if not told:
                 continue
             tellers = find_tellers(chunks)
-            asked = rng.sample(told, min(_ASKED_CHUNKS, len(told)))
+            # The first one always: what a prompt begins with is read worse than the rest, and it is one of many.
+            asked = [told[0], *rng.sample(told[1:], min(_ASKED_CHUNKS, len(told)) - 1)]
             questions = [item for place in asked for item in source.draw_questions(chunks, place, tellers, NUM_TURNS)]
             text = [*(token for chunk in chunks for token in chunk.ids), *new_lines]
             first, *others = [(question.prompt, _latest_answer(question, tellers)) for question in questions]
