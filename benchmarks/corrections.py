@@ -63,7 +63,12 @@ def main() -> None:
     Console().print(table)
     if options.output is not None:
         settings = {"seed": options.seed, "questions": options.questions, "model": options.model}
-        values = {"settings": settings, "versions": versions(), "weights": loaded.weights, "points": points}
+        values = {
+            "settings": settings,
+            "versions": versions(loaded.model.device),
+            "weights": loaded.weights,
+            "points": points,
+        }
         options.output.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
 
 

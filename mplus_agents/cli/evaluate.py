@@ -71,7 +71,10 @@ def retention(
         str, typer.Option(metavar="D,D,…", help="Chunks of prose between fact and question.")
     ] = DEFAULT_DISTANCES,
     streams: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Streams that carry the facts; at least 50 if not given.")
+        int | None,
+        typer.Option(
+            min=1, metavar="N", help="Streams that carry the facts; at least 50 (or one per question) if not given."
+        ),
     ] = None,
     condition: Annotated[
         Literal["plain", "own", "updated", "unknown", "value_first"],

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 from mplus_agents.engine.text import TextCodec
 from mplus_agents.errors import InvalidInputError
@@ -15,6 +17,7 @@ Dataset = Literal["squad", "naturalqa"]
 DATASETS: tuple[str, ...] = get_args(Dataset)
 # Longest answers in tokens, as in the paper's knowledge retention experiments.
 MAX_ANSWER_TOKENS: dict[str, int] = {"squad": 3, "naturalqa": 4}
+_GZIP = b"\x1f\x8b"  # what such a file begins with
 _MIN_DISTRACTOR_TOKENS, _MAX_DISTRACTOR_TOKENS = 300, 500
 
 
@@ -104,7 +107,7 @@ def _read_natural_questions(path: Path) -> Iterator[QAExample]:
             continue
         entry = _parse(path, line)
         try:
-            words = entry["document_text"].split(" ")
+            words = _words_of(entry)
             annotation = entry["annotations"][0]
             long = annotation["long_answer"]
             spans = [(short["start_token"], short["end_token"]) for short in annotation["short_answers"]]
@@ -116,6 +119,16 @@ def _read_natural_questions(path: Path) -> Iterator[QAExample]:
         except (KeyError, TypeError, AttributeError, IndexError) as error:
             raise _wrong_format(path, "simplified Natural Questions", error) from error
         yield QAExample(context, f"{question[:1].upper()}{question[1:].rstrip('?')}?", answers)
+
+
+def _words_of(entry: dict[str, Any]) -> list[str]:
+    """Return a document's words, HTML tags among them; spans count in these."""
+    if "document_text" not in entry and "document_tokens" in entry:  # the original form
+        return [
+            f"<{token['token']}>" if token["html_token"] else _text(token["token"])
+            for token in entry["document_tokens"]
+        ]
+    return cast(list[str], entry["document_text"].split(" "))
 
 
 def _text(value: object) -> str:
@@ -131,9 +144,10 @@ def _plain(words: list[str]) -> str:
 
 def _read(path: Path, argument: str = "file") -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8"
+        content = path.read_bytes()
+        return (gzip.decompress(content) if content.startswith(_GZIP) else content).decode("utf-8-sig")
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8, or a damaged gzip file"
         raise InvalidInputError(argument, str(path), f"a file that can be read ({reason})") from error
 
 

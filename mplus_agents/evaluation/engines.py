@@ -83,11 +83,18 @@ def load(name: str, device: str | None = None, num_retrieved: int | None = None)
     return LoadedModel(model, codec, name)
 
 
-def versions() -> dict[str, str]:
-    """Return the versions that decide the numbers, to be saved with them."""
+def versions(device: torch.device) -> dict[str, str]:
+    """Return the versions that decide the numbers, to be saved with them.
+
+    Args:
+        device: What computes; on a CPU the number of threads counts too.
+    """
+    is_cpu = device.type == "cpu"
+    name = f"{torch.get_num_threads()} CPU threads" if is_cpu else str(torch.cuda.get_device_name(device))
     return {
         "mplus_agents": __version__,
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         "transformers": str(transformers.__version__),
+        "device": name,
     }

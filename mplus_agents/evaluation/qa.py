@@ -12,8 +12,9 @@ from typing import Any
 from mplus_agents.config import LongTermUse
 from mplus_agents.engine import Agent
 from mplus_agents.engine.answering import answer_all
-from mplus_agents.engine.prompts import question_prompt
+from mplus_agents.engine.prompts import Prompt, question_prompt
 from mplus_agents.errors import InvalidInputError
+from mplus_agents.evaluation.contexts import end_prompt
 from mplus_agents.evaluation.datasets import Dataset, QAExample, load_distractors, load_examples
 from mplus_agents.evaluation.engines import LoadedModel, load, versions
 from mplus_agents.evaluation.report import Result
@@ -174,9 +175,14 @@ def _answers(
         answer = agent.ask(example.question, max_new_tokens=most, long_term=long_term, seed=seed, stop=_STOP)
         yield variant, answer
     whole = "\n".join([example.context, *distractors])
-    for variant, context in (("full_context", whole), ("no_context", "")):
-        prompt = question_prompt(codec, context, example.question)
-        if len(prompt.ids) + most <= model.config.max_prompt_tokens:
+    limit = model.config.max_prompt_tokens - most
+
+    def make(context: str) -> Prompt:
+        return question_prompt(codec, context, example.question)
+
+    prompts = {"full_context": make(whole), "window": end_prompt(codec, codec.encode(whole), limit, make)}
+    for variant, prompt in {**prompts, "no_context": make("")}.items():
+        if len(prompt.ids) <= limit:
             memory = model.initial_memory()
             yield variant, answer_all(model, codec, memory, [prompt], most, {"stop": _STOP}, 1)[0].text
 
@@ -187,7 +193,7 @@ def _result(settings: QASettings, loaded: LoadedModel, tally: Tally, num_done: i
     return Result(
         kind="qa",
         seed=settings.seed,
-        versions=versions(),
+        versions=versions(loaded.model.device),
         weights=loaded.weights,
         model=settings.model,
         settings={**settings.to_dict(), "memory": loaded.model.config.memory.to_dict()},

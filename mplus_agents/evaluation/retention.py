@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from random import Random
 from typing import Any
 
@@ -14,6 +14,7 @@ from mplus_agents.engine import Agent, Message
 from mplus_agents.engine.answering import answer_all
 from mplus_agents.engine.prompts import Prompt, chat_prompt, question_prompt
 from mplus_agents.errors import InvalidInputError
+from mplus_agents.evaluation.contexts import end_prompt
 from mplus_agents.evaluation.engines import LoadedModel, load, versions
 from mplus_agents.evaluation.report import Result
 from mplus_agents.evaluation.scoring import score
@@ -265,10 +266,11 @@ def _ask_context(
     for question in plan.questions:
         start = trail.starts[question.distance]
         if start >= tail_start:
-            prompt = _context_prompt(loaded, settings, "".join(trail.texts[start:]), window, question)
+            prompt = _context_prompt(loaded, settings, window, question, "".join(trail.texts[start:]))
             if len(prompt.ids) <= limit:
                 asked["full_context"].append((question, prompt))
-        asked["window"].append((question, _tail_prompt(loaded, settings, tail, window, question, limit)))
+        make = partial(_context_prompt, loaded, settings, window, question)
+        asked["window"].append((question, end_prompt(codec, tail, limit, make)))
     for variant, pairs in asked.items():
         prompts = [prompt for _, prompt in pairs]
         memory, most = model.initial_memory(), settings.max_new_tokens
@@ -286,32 +288,13 @@ def _tail_start(trail: _Trail, limit: int) -> int:
 
 
 def _context_prompt(
-    loaded: LoadedModel, settings: RetentionSettings, context: str, window: _Window, question: Question
+    loaded: LoadedModel, settings: RetentionSettings, window: _Window, question: Question, context: str
 ) -> Prompt:
     lead = "\n".join(text for text in (context.strip(), window.text) if text)
     if settings.template is None:
         return question_prompt(loaded.codec, lead, question.text)
     turn = Message("user", settings.prompt(question.text, window.history))
     return chat_prompt(loaded.codec, [turn], lead=context.strip())
-
-
-def _tail_prompt(
-    loaded: LoadedModel,
-    settings: RetentionSettings,
-    tail: list[int],
-    window: _Window,
-    question: Question,
-    limit: int,
-) -> Prompt:
-    """Return the longest prompt whose context is the end of the text."""
-    num_tokens = limit - len(_context_prompt(loaded, settings, "", window, question).ids)
-    while num_tokens > 0:
-        context = loaded.codec.decode(tail[-num_tokens:])
-        prompt = _context_prompt(loaded, settings, context, window, question)
-        if len(prompt.ids) <= limit:
-            return prompt
-        num_tokens -= len(prompt.ids) - limit
-    return _context_prompt(loaded, settings, "", window, question)
 
 
 def _count(tally: Tally, variant: str, questions: Sequence[Question], answers: Sequence[str]) -> None:
@@ -337,7 +320,7 @@ def _result(settings: RetentionSettings, loaded: LoadedModel, total: StreamOutco
     return Result(
         kind="retention",
         seed=settings.seed,
-        versions=versions(),
+        versions=versions(loaded.model.device),
         weights=loaded.weights,
         model=settings.model,
         settings={**settings.to_dict(), "memory": loaded.model.config.memory.to_dict()},

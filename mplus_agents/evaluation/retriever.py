@@ -127,7 +127,7 @@ def run_retriever(
     return RetrieverResult(
         kind="retriever",
         seed=settings.seed,
-        versions=versions(),
+        versions=versions(loaded.model.device),
         weights=loaded.weights,
         model=settings.model,
         settings={"sizes": list(settings.sizes), "prose": settings.prose, "memory": memory.to_dict()},

@@ -26,7 +26,8 @@ class RetentionSettings:
         seed: Seed of everything random.
         episodes: Questions per distance and variant.
         distances: Chunks of prose between fact and question.
-        streams: Streams that carry them; None: 50, or more if a stream cannot hold as many facts.
+        streams: Streams that carry them; None: 50; fewer for fewer episodes, more if a
+            stream cannot hold as many facts.
         condition: `plain`: facts about people. `own`: facts in the first person. `updated`: facts told twice with
             another value. `unknown`: questions that nothing answers. `value_first`: statements with the value in front.
         gap: Chunks of prose between the two tellings of `updated`.
@@ -66,8 +67,6 @@ class RetentionSettings:
             is_count = type(self.streams) is int and 1 <= self.streams <= self.episodes
             allowed = f"a whole number from 1 to the episodes ({self.episodes})"
             _require(is_count, "streams", self.streams, allowed)
-        allowed = f"at least {DEFAULT_STREAMS}, one per stream; fewer if streams is given too"
-        _require(self.streams is not None or self.episodes >= DEFAULT_STREAMS, "episodes", self.episodes, allowed)
         if self.template is not None:
             _require(QUESTION in self.template, "template", self.template, f"a text with {QUESTION} in it")
         most = self._most_questions()
@@ -81,7 +80,8 @@ class RetentionSettings:
         """Streams that are run."""
         if self.streams is not None:
             return self.streams
-        return max(DEFAULT_STREAMS, -(-self.episodes // max(1, self._most_questions())))
+        least = min(DEFAULT_STREAMS, self.episodes)
+        return max(least, -(-self.episodes // max(1, self._most_questions())))
 
     @property
     def num_prose_chunks(self) -> int:

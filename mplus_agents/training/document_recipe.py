@@ -150,14 +150,15 @@ class DocumentRecipe:
         if kind == "revisit":
             return self._revisit(own)
         most_chunks = stage.most_chunks(step) if kind == "multi_chunk" else 1
-        passage = self._draw_task_passage(own, most_chunks)
+        passage, is_repetition = self._draw_task_passage(own, most_chunks)
         owner = self.pool.new_owner()
         if kind == "two_chunk":
             loss, metrics = self._two_chunk(passage, owner)
         else:
             loss, metrics = self._multi_chunk(passage, owner, own)
         self._remember_target(passage, owner, replaces)
-        return loss, {**metrics, "chunks": float(len(passage.contexts))}
+        form = "repetition" if is_repetition else "completion"
+        return loss, {**metrics, form: metrics[kind], "chunks": float(len(passage.contexts))}
 
     def after_step(self) -> None:
         """Put what was written with gradient into the memory, now without."""
@@ -211,11 +212,12 @@ class DocumentRecipe:
                 return passage, rule
         raise ConfigError(f"{_MOST_SHORT_DOCUMENTS} documents in a row were too short to be cut in two")
 
-    def _draw_task_passage(self, rng: Random, most_chunks: int) -> Passage:
+    def _draw_task_passage(self, rng: Random, most_chunks: int) -> tuple[Passage, bool]:
+        """Return a passage, and whether its target repeats the first chunk instead of going on."""
         passage, rule = self._next_passage(rng)
         if rng.random() < self.stage.repeat_share:
-            return repeat_first(passage, most_chunks, self._instruction, rule)
-        return keep_last(passage, most_chunks)
+            return repeat_first(passage, most_chunks, self._instruction, rule), True
+        return keep_last(passage, most_chunks), False
 
     def _two_chunk(self, passage: Passage, owner: int) -> tuple[torch.Tensor, dict[str, float]]:
         """Write with gradient, read the new tokens alone; the only task that trains writing."""

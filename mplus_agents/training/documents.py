@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from random import Random
 from typing import Any, Literal, Self, get_args
 
@@ -13,16 +13,6 @@ from mplus_agents.training.document_sources import FolderSource, HubSource, Shar
 
 SourceKind = Literal["folder", "hub"]
 Tokenize = Callable[[str], list[int]]
-# Paper, App. C: documents of 4k to 64k tokens in four bins.
-LONG_BINS = {
-    "4k-8k": (4_096, 8_192),
-    "8k-16k": (8_192, 16_384),
-    "16k-32k": (16_384, 32_768),
-    "32k-64k": (32_768, 65_536),
-}
-_BIN = "{bin}"
-# What the published configuration of stage 3 says (90 % short); the paper says new long documents.
-_PUBLISHED_STAGE_3_SHORT = 0.9
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,53 +213,3 @@ def _open_texts(config: SourceConfig, shard: Shard) -> TextSource:
     named = {"name": config.subset, "revision": config.revision, "data_files": config.data_files}
     options = {key: value for key, value in named.items() if value is not None}
     return HubSource(config.location, config.text_key, shard, config.shuffle_block, {"split": config.split, **options})
-
-
-def stage_sources(
-    stage: Literal[1, 2, 3],
-    short: SourceConfig,
-    long: SourceConfig | None = None,
-    mix: Literal["paper", "published"] = "paper",
-) -> list[SourceConfig]:
-    """Return the mixture of a stage of the paper (3.2.4, App. C).
-
-    Stage 1 reads short documents. Stage 2 reads short ones and four bins of long ones, a fifth each. Stage 3 reads new
-    long documents: those after the ones that stage 2 took. (The published configuration of stage 3 has 90 % short
-    documents and the same first long ones as stage 2: `mix="published"` gives these shares, with new documents.)
-
-    Args:
-        stage: The stage.
-        short: Documents of any length (paper: fineweb-edu).
-        long: Long documents (paper: SlimPajama); `{bin}` in its location stands for the name of a bin, if they are
-            sorted into one folder each. `take` says how many stage 2 uses; stage 3 skips so many.
-        mix: Whose shares stage 3 has.
-
-    Raises:
-        ConfigError: A stage needs long documents and none are given, or stage 3 cannot tell which are new.
-    """
-    if stage == 1:
-        return [replace(short, weight=1.0)]
-    if long is None:
-        raise ConfigError(f"stage {stage} needs a source of long documents")
-    if stage == 3:
-        if long.take is None:
-            raise ConfigError("stage 3 needs `take` of the long documents: how many of them stage 2 has used")
-        long = replace(long, skip=long.skip + long.take, take=None)
-    bins = [
-        replace(
-            long,
-            location=long.location.replace(_BIN, name),
-            name=name,
-            weight=1.0,
-            min_tokens=least,
-            max_tokens=limit,
-            is_long=True,
-        )
-        for name, (least, limit) in LONG_BINS.items()
-    ]
-    if stage == 2:
-        return [replace(short, weight=1.0), *bins]
-    if mix == "paper":
-        return bins
-    share = len(bins) * _PUBLISHED_STAGE_3_SHORT / (1 - _PUBLISHED_STAGE_3_SHORT)
-    return [replace(short, weight=share), *bins]

@@ -85,11 +85,14 @@ class Trainer:
         self._network, self._recipe, self._stage, self._output = network, recipe, stage, output
         self._accelerator, self._save_model = accelerator, save_model
         self._on_log, self._show_progress = on_log, show_progress
-        self._is_sharded = str(accelerator.distributed_type).rpartition(".")[2] in ("FSDP", "DEEPSPEED", "MEGATRON_LM")
+        kind = str(accelerator.distributed_type).rpartition(".")[2]
+        if kind in ("DEEPSPEED", "MEGATRON_LM"):  # these step inside of their own backward pass
+            raise ConfigError(f"accelerate's distributed type is {kind}; allowed: NO, MULTI_GPU, MULTI_CPU, FSDP")
+        self._is_sharded = kind == "FSDP"
         self._masters: MasterWeights | None = None
         if stage.precision == "bf16_master":
             if self._is_sharded:
-                raise ConfigError("precision is 'bf16_master'; allowed with FSDP or DeepSpeed: float32, bf16_autocast")
+                raise ConfigError("precision is 'bf16_master'; allowed with FSDP: float32, bf16_autocast")
             network.to(accelerator.device)
             self._masters = MasterWeights(network)
         self._module, self._optimizer = self._prepare()
@@ -124,6 +127,7 @@ class Trainer:
                     metrics = self._train_step(signals)
                     self._seconds = time.monotonic() - started
                     self._take_note(metrics)
+                    bar.set_postfix_str(_brief(self._last_row), refresh=False)
                     bar.update(1)
                     if not self._is_at_end():
                         self._save_if_due(signals)
@@ -144,7 +148,7 @@ class Trainer:
     def _prepare(self) -> tuple[nn.Module, Any]:
         settings = self._stage.optimizer
         if settings.kind == "muon" and self._is_sharded:
-            raise ConfigError("optimizer.kind is 'muon'; allowed with FSDP or DeepSpeed: adamw")
+            raise ConfigError("optimizer.kind is 'muon'; allowed with FSDP: adamw")
         module = _StepModule(self._network, self._recipe)
         optimizer: Any = build_optimizer(self._weights(), settings, is_fused=not self._is_sharded)
         if self._masters is not None:
@@ -359,6 +363,11 @@ class Trainer:
             is_hidden = True
         name = self._stage.name or "training"
         return tqdm(total=self._stage.steps, initial=self._step, desc=name, unit="step", disable=is_hidden)
+
+
+def _brief(row: Mapping[str, float]) -> str:
+    """Return the numbers of the log's last line, as a bar shows them."""
+    return ", ".join(f"{name} {value:.3g}" for name, value in row.items() if name not in ("seconds", "lr"))
 
 
 def _has_reached(mean: float, rule: StopWhen) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,23 @@ def test_natural_questions_give_the_long_answer_without_tags(natural: Path) -> N
     ]
 
 
+def test_natural_questions_are_read_in_their_original_form_too_and_from_gzip(natural: Path) -> None:
+    lines = []
+    for line in natural.read_text(encoding="utf-8").splitlines():
+        entry = json.loads(line)
+        words = entry.pop("document_text").split(" ")
+        entry["document_tokens"] = [
+            {"token": word, "html_token": word.startswith("<"), "start_byte": 0, "end_byte": 1} for word in words
+        ]
+        lines.append(json.dumps(entry))
+    original = natural.with_name("nq-dev-00.jsonl.gz")
+    original.write_bytes(gzip.compress("\n".join(lines).encode()))
+    assert load_examples("naturalqa", original, tiny_codec()) == load_examples("naturalqa", natural, tiny_codec())
+    original.write_bytes(original.read_bytes()[:40])
+    with pytest.raises(InvalidInputError, match="damaged gzip file"):
+        load_examples("naturalqa", original, tiny_codec())
+
+
 def test_lines_end_at_line_feeds_alone(natural: Path) -> None:
     text = natural.read_text(encoding="utf-8").replace("number 17", "number\u202817")
     natural.write_text(f"\ufeff{text}", encoding="utf-8")
@@ -162,7 +180,9 @@ def test_a_run_asks_after_every_step(squad: Path, distractors: Path) -> None:
     assert done == [(1, 2), (1, 2)]
     assert (result.kind, result.streams, result.episodes, result.is_complete) == ("qa", 2, 2, True)
     found = {(point.variant, point.distance): point.episodes for point in result.points}
-    expected = {(name, step): 2 for name in ("mplus", "theta_only", "random", "no_context") for step in (0, 2)}
+    expected = {
+        (name, step): 2 for name in ("mplus", "theta_only", "random", "window", "no_context") for step in (0, 2)
+    }
     assert expected.items() <= found.items()
     assert set(found) - set(expected) <= {("full_context", 0), ("full_context", 2)}
     assert run_qa(settings) == result

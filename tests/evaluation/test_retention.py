@@ -258,7 +258,6 @@ def test_the_window_stands_in_front_of_a_bare_question(tmp_path: Path, spy: Spy)
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"episodes": 49, "streams": None}, "episodes is 49; allowed: at least 50, one per stream; fewer if streams"),
         ({"streams": 5}, "streams is 5; allowed: a whole number from 1 to the episodes \\(4\\)"),
         ({"distances": ()}, "distances is \\(\\); allowed: different whole numbers from 0, at least one"),
         ({"distances": (1, 1)}, "distances is \\(1, 1\\)"),
@@ -291,6 +290,7 @@ def test_defaults_ask_for_what_the_project_promises() -> None:
     assert (settings.num_streams, settings.episodes) == (50, 200)
     assert {0, 1, 2, 4, 512, 2048, 4096} <= set(settings.distances)
     assert RetentionSettings(condition="own").num_streams == 200
+    assert RetentionSettings(episodes=20).num_streams == 20
     assert sum(settings.num_questions(number) for number in range(50)) == 200
 
 

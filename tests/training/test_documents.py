@@ -11,7 +11,7 @@ import pytest
 
 from mplus_agents.errors import ConfigError, InvalidInputError
 from mplus_agents.training.document_sources import FolderSource, HubSource, Shard, TextSource, split_by_weight
-from mplus_agents.training.documents import LONG_BINS, DocumentMixture, SourceConfig, stage_sources
+from mplus_agents.training.documents import DocumentMixture, SourceConfig
 
 NUM_TEXTS = 10
 
@@ -215,26 +215,6 @@ def test_a_source_without_a_document_of_the_wanted_length_is_an_error(lines: Pat
     mixture = DocumentMixture([SourceConfig(str(lines), name="short", min_tokens=50)], words)
     with pytest.raises(ConfigError, match="'short' has no document of at least 50 tokens"):
         next(mixture)
-
-
-def test_the_stages_of_the_paper() -> None:
-    short = SourceConfig("edu")
-    long = SourceConfig("slim/{bin}", take=200_000)
-    assert [source.location for source in stage_sources(1, short)] == ["edu"]
-    second = stage_sources(2, short, long)
-    assert [source.weight for source in second] == [1.0] * 5
-    assert [source.location for source in second[1:]] == [f"slim/{name}" for name in LONG_BINS]
-    bounds = [(source.min_tokens, source.max_tokens) for source in second[1:]]
-    assert bounds == [(4_096, 8_192), (8_192, 16_384), (16_384, 32_768), (32_768, 65_536)]
-    third = stage_sources(3, short, long)
-    assert [(source.skip, source.take, source.is_long) for source in third] == [(200_000, None, True)] * 4
-    published = stage_sources(3, short, long, mix="published")
-    weights = [source.weight for source in published]
-    assert [weight / sum(weights) for weight in weights] == pytest.approx([0.9] + [0.025] * 4)
-    with pytest.raises(ConfigError, match="needs `take`"):
-        stage_sources(3, short, SourceConfig("slim"))
-    with pytest.raises(ConfigError, match="stage 2 needs"):
-        stage_sources(2, short)
 
 
 @pytest.mark.parametrize(

@@ -127,13 +127,22 @@ def test_gradient_checkpointing_changes_nothing(adapters: bool) -> None:
     assert any("key_proj" in part for part in parts)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("zeroed", ["fresh", "theta", "long_term"])
 @with_and_without_adapters
-def test_zeroed_memory_changes_the_loss(adapters: bool) -> None:
+def test_zeroed_memory_changes_the_loss(adapters: bool, zeroed: str, checkpointing: bool) -> None:
     network = tiny_network(adapters)
+    network.checkpointing = checkpointing
     pool = new_pool()
     fill(network, pool, [6] * 7, owners=[0, 0, 0, 0, 1, 1, 0])
     loss, _ = run_once(network, pool)
-    assert abs(run_once(network, pool, scale=0.0)[0] - loss) > 1e-3
+    if zeroed == "theta":
+        for rows in pool.theta:
+            rows.zero_()
+    elif zeroed == "long_term":
+        pool._long_hidden.zero_()
+    changed, _ = run_once(network, pool, scale=0.0 if zeroed == "fresh" else 1.0)
+    assert abs(changed - loss) > 1e-3
 
 
 def test_both_adapters_stay_trained_after_either_was_used() -> None:
