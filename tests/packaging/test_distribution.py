@@ -104,6 +104,12 @@ def test_wheel_installs_the_two_packages_and_nothing_else(wheel_files: set[str])
     assert {name.split("/")[0] for name in wheel_files} == {"mplus_agents", "langchain_mplus", DIST_INFO}
 
 
+def test_the_small_model_has_at_most_16_megabytes(built: Built) -> None:
+    with zipfile.ZipFile(built.wheel) as wheel:
+        sizes = [file.file_size for file in wheel.infolist() if "/assets/mplus-tiny/" in file.filename]
+    assert 10e6 < sum(sizes) <= 16e6
+
+
 def test_wheel_leaves_the_llama_index_namespace_open(wheel_files: set[str]) -> None:
     namespaces = ("", "/llms", "/memory", "/indices", "/indices/managed")
     assert wheel_files.isdisjoint(f"llama_index{folder}/__init__.py" for folder in namespaces)
