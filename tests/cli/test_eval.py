@@ -83,7 +83,7 @@ def test_the_retriever_is_measured(mplus: Run) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("retention", "--episodes", "10"), "--episodes is 10; allowed: at least 50, one per stream"),
+        (("retention", "--episodes", "10", "--streams", "20"), "--streams is 20; allowed: a whole number from 1"),
         (("retention", "--distances", "1,x"), "--distances is '1,x'; allowed: whole numbers with commas between"),
         (("retention", "--figure"), "--figure is True; allowed: True together with --output FILE"),
         (("retention", "--output", "x.png", "--figure"), "--output is 'x.png'; allowed: a file for the numbers"),
