@@ -10,17 +10,28 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from accelerate.utils import DistributedType  # type: ignore[import-untyped]
 
 from mplus_agents.errors import CheckpointError, ConfigError
 from mplus_agents.training import checkpoints
 from mplus_agents.training.checkpoints import CheckpointFolder, load_values, save_values
 from mplus_agents.training.stage_run import TrainingError, TrainingInterruptedError, locked, read_result
+from mplus_agents.training.trainer import Trainer
 from tests.store.kill_harness import Acknowledge, InTransaction, run_until_killed
-from tests.training.stages import ToyNetwork, ToyRecipe, assert_equal_weights, stage, toy_trainer, toy_weights
+from tests.training.stages import (
+    ToyNetwork,
+    ToyRecipe,
+    assert_equal_weights,
+    save_toy,
+    stage,
+    toy_trainer,
+    toy_weights,
+)
 
 
 def rows_of(output: Path) -> list[dict[str, str]]:
@@ -237,6 +248,14 @@ def test_part_of_a_tensor_is_stored_without_the_rest(tmp_path: Path) -> None:
     save_values({"part": torch.zeros(100_000)[:3]}, tmp_path / "x.pt")
     assert (tmp_path / "x.pt").stat().st_size < 5_000
     assert load_values(tmp_path / "x.pt")["part"].tolist() == [0, 0, 0]
+
+
+def test_deepspeed_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+    network = ToyNetwork()
+    accelerator = SimpleNamespace(distributed_type=DistributedType.DEEPSPEED)
+    with pytest.raises(ConfigError, match="distributed type is DEEPSPEED; allowed: NO, MULTI_GPU, MULTI_CPU, FSDP"):
+        Trainer(network, ToyRecipe(network), stage(), tmp_path / "out", accelerator, save_toy)
+    assert not (tmp_path / "out").exists()
 
 
 def test_stop_when_the_aim_is_reached(tmp_path: Path) -> None:
