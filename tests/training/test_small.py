@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from random import Random
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from mplus_agents.engine.prompts import Prompt
 from mplus_agents.errors import ConfigError
 from mplus_agents.training.build import build_network
-from mplus_agents.training.episodes import ACKNOWLEDGEMENT, EpisodeSource, Question, find_tellers
+from mplus_agents.training.episodes import ACKNOWLEDGEMENT, Chunk, EpisodeSource, Question, find_tellers
 from mplus_agents.training.network import TrainableMPlus
 from mplus_agents.training.small import SmallRecipe
 from mplus_agents.training.small_memory import _first_turns, _rows, _tells, move_beside
@@ -64,6 +65,29 @@ def test_a_fact_told_after_text_in_the_prompt_is_acknowledged(monkeypatch: pytes
     monkeypatch.setattr(recipe._context, "_answer_in_context", collect)
     recipe._context.context(2)
     assert set(answers) == {ACKNOWLEDGEMENT}
+
+
+def test_what_a_prompt_begins_with_is_always_asked_about(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, recipe = small_recipe("context", "cpu", num_chunks=8)
+    real, asked = EpisodeSource.draw_questions, []
+
+    def draw(source: EpisodeSource, chunks: list[Chunk], chunk_idx: int, *args: Any) -> list[Question]:
+        asked.append((id(chunks), chunk_idx, [place for place, chunk in enumerate(chunks) if chunk.facts]))
+        kept.append(chunks)  # so that no two have one id
+        return real(source, chunks, chunk_idx, *args)
+
+    kept: list[list[Chunk]] = []
+    monkeypatch.setattr(EpisodeSource, "draw_questions", draw)
+    for _ in range(12):
+        recipe._context.context(8)
+    rows: dict[int, list[int]] = {}
+    told = {name: places for name, _, places in asked}
+    for name, chunk_idx, _ in asked:
+        rows.setdefault(name, []).append(chunk_idx)
+    assert max(map(len, told.values())) > 4  # more than are asked about
+    for name, places in told.items():
+        assert rows[name][0] == places[0]
+        assert len(set(rows[name])) == len(rows[name]) == min(4, len(places))
 
 
 def test_what_the_window_corrects_is_in_the_past_too() -> None:
