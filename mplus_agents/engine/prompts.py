@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from jinja2.exceptions import TemplateError
 
@@ -17,7 +17,12 @@ POLICY_VERSION = 2
 
 _LABELS = {"system": "System", "user": "User", "assistant": "Assistant", "tool": "Tool"}
 # A base model goes on with the next turn by itself if nobody stops it.
-PLAIN_STOPS = ("\nUser:", "\nQuestion:", "\nHuman:")
+_ASKING = ("User", "Question", "Human")
+PLAIN_STOPS = tuple(f"\n{label}:" for label in _ASKING)
+
+# Lines of a transcript: "Human: Where do I live?", and "AI:", where the answer shall go on.
+_SPOKEN = re.compile(r"([^\W\d_][^:\n]{0,30}):[ \t]+\S")
+_OPEN = re.compile(r"([^\W\d_][^:\n]{0,30}):")
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +31,8 @@ class Prompt:
 
     Attributes:
         ids: The tokens.
-        is_query: For each, whether it belongs to the turn to be answered, which may alone query Θ.
+        is_query: For each, whether it belongs to what shall be answered, which may alone query Θ: the last turn, or
+            the last one in it if it is a transcript.
         stop: Strings that end the answer.
     """
 
@@ -40,6 +46,7 @@ class _Part:
     text: str
     is_query: bool = False
     is_template: bool = False
+    query_start: int = 0  # characters
 
 
 def write_turn(role: str | None, content: str) -> str:
@@ -78,9 +85,29 @@ def chat_prompt(codec: TextCodec, messages: Sequence[Message], lead: str = "") -
     if codec.chat_template is None:
         parts = [_Part(f"{lead.rstrip()}\n")] if lead else []
         parts += [_Part(write_turn(message.role, message.content)) for message in messages[:-1]]
-        parts.append(_Part(write_turn(messages[-1].role, messages[-1].content), is_query=True))
+        content, turn = messages[-1].content, write_turn(messages[-1].role, messages[-1].content)
+        asked_from = _asked_from(content)
+        parts.append(_Part(turn, is_query=True, query_start=asked_from and turn.rindex(content) + asked_from))
         return _join(codec, [*parts, _Part("Assistant:")])
     return _join(codec, _split_template(codec, messages, lead))
+
+
+def _asked_from(turn: str) -> int:
+    """Return where the question begins in a turn that is a transcript, in characters; 0 for any other turn.
+
+    A chain's prompt is one turn of instructions, history and question, which ends with "Human: Where do I live?" and
+    "AI:". The mean over all of it finds what the instructions resemble, so the question alone shall query Θ. It is the
+    last line with a usual label since the open line's speaker said something, or else of who spoke first since then.
+    """
+    *lines, last = turn.rstrip().splitlines(keepends=True) or [""]
+    is_open = _OPEN.fullmatch(last)
+    if is_open is None:
+        return 0
+    spoken = [(place, match[1]) for place, line in enumerate(lines) if (match := _SPOKEN.match(line))]
+    answered = max((place for place, who in spoken if who == is_open[1]), default=-1)
+    since = [(place, who) for place, who in spoken if place > answered]
+    asked = [place for place, who in since if who in _ASKING] or [place for place, who in since if who == since[0][1]]
+    return sum(map(len, lines[: asked[-1]])) if asked else 0
 
 
 def _split_template(codec: TextCodec, turns: Sequence[Message], lead: str) -> list[_Part]:
@@ -90,7 +117,8 @@ def _split_template(codec: TextCodec, turns: Sequence[Message], lead: str) -> li
     the turn to be answered is known whatever its text is.
     """
     marks = [f"\ue000{place}\ue001" for place in range(len(turns))]
-    contents = [_Part(turn.content.strip(), place == len(turns) - 1) for place, turn in enumerate(turns)]
+    contents = [_Part(turn.content.strip()) for turn in turns]
+    contents[-1] = replace(contents[-1], is_query=True, query_start=_asked_from(contents[-1].text))
     if lead:
         marks[-1] = f"\ue000{len(turns)}\ue001\n\n{marks[-1]}"
         contents.append(_Part(lead.strip()))
@@ -117,6 +145,7 @@ def _join(codec: TextCodec, parts: Sequence[_Part]) -> Prompt:
     for part in parts:
         part_ids = codec.encode_template(part.text) if part.is_template else codec.encode(part.text)
         ids += part_ids
-        is_query += [part.is_query] * len(part_ids)
+        num_before = len(codec.encode(part.text[: part.query_start])) if part.is_query else len(part_ids)
+        is_query += [place >= num_before for place in range(len(part_ids))]
     is_plain = not any(part.is_template for part in parts)
     return Prompt(ids, is_query if any(is_query) else [True] * len(ids), PLAIN_STOPS if is_plain else ())

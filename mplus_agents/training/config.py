@@ -274,6 +274,8 @@ class OptimizerSection(Section):
         decay_from: Share of the steps after which it falls.
         decay_until: Share of the steps after which it stays.
         final_factor: What is left of it then.
+        average_over: The model that is saved has the moving average of the weights over so many steps; 0 for the
+            weights of the last one.
     """
 
     kind: Literal["adamw", "muon"] = "adamw"
@@ -287,6 +289,7 @@ class OptimizerSection(Section):
     decay_from: Share = 0.0
     decay_until: Share = 1.0
     final_factor: Share = 0.05
+    average_over: NotNegative = 0
 
     @model_validator(mode="after")
     def _check_order(self) -> Self:

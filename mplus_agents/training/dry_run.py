@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any, cast
 
 import torch
@@ -26,7 +27,7 @@ from mplus_agents.training.config import PREVIOUS, DocumentSettings, StageConfig
 from mplus_agents.training.folders import empty_network, model_folder
 from mplus_agents.training.network import TrainableMPlus
 from mplus_agents.training.small_context import NUM_TURNS
-from mplus_agents.training.small_memory import MEMORY_TURNS
+from mplus_agents.training.small_memory import K0_FACTORS, MEMORY_TURNS
 
 # Shapes of the small recipe's steps (training/small.py): rows and tokens of the warm-ups, tokens of a question with its
 # answer.
@@ -170,7 +171,8 @@ def _small_work(stage: StageConfig, network: TrainableMPlus) -> list[_Work]:
         return [_Work(_WARM_UP_ROWS, _WARM_UP_TOKENS, 1)]
     memory, longest = network.config.memory, network.config.chunk_tokens
     length = _FULL_CHUNKS * longest + (1 - _FULL_CHUNKS) * (_SHORTEST_CHUNK + longest) / 2
-    num_slots = 1 + memory.max_short_term + (memory.num_retrieved if recipe.kind == "long_term" else 0)
+    num_read = round(fmean(K0_FACTORS) * memory.num_retrieved) if recipe.kind == "long_term" else 0
+    num_slots = 1 + memory.max_short_term + num_read
     num_turns = NUM_TURNS if recipe.kind == "write" else MEMORY_TURNS
     return [
         _Work(recipe.num_chunks, length, 1 + memory.tokens_per_injection, has_head=False),

@@ -24,7 +24,9 @@ _FULL_CHUNKS = 0.6  # share of the steps; the others have shorter ones
 _FIRST_WRITES = 0.06  # share of the steps that write into an empty memory
 _LEVELS = (1, 2, 4, 8)  # chunks in θ, while writing is learned
 _NEXT_LEVEL_AT = 0.65
-_K0_SHARES = (0.5, 1, 1, 1.5, 2, 2)  # other K0 than the model's are read too, so that places further back are learned
+# How many times K0 is read. More than in use, so that no fact is ever further away than training had it: a long prompt
+# adds to the distance, and the oldest facts are the first to suffer (docs/decisions/0002-curriculum.md).
+K0_FACTORS = (1, 2, 2, 3, 4, 4)
 MEMORY_TURNS = 2  # questions in a row that reads memory: the second one sees what was retrieved for the first
 _SOON_AGAIN = 0.5  # of the facts told again after other chunks, how many within four chunks
 _MEAN_AGE = 6.0  # of facts that are asked for while they are young
@@ -47,11 +49,11 @@ class MemoryTasks:
                 f"memory.chunk_tokens is {network.config.chunk_tokens}; "
                 f"allowed for the small recipe: {int(1.5 * _SHORTEST_CHUNK)} or more"
             )
-        least, written = int(max(_K0_SHARES) * memory.num_retrieved), stage.num_chunks * memory.tokens_per_injection
+        least, written = max(K0_FACTORS) * memory.num_retrieved, stage.num_chunks * memory.tokens_per_injection
         if stage.kind == "long_term" and written < least:
             raise ConfigError(
                 f"recipe.num_chunks is {stage.num_chunks}, which write {written} memory tokens in a step; "
-                f"allowed are numbers that write {least}, which is twice K0, or more"
+                f"allowed are numbers that write {least}, which is {max(K0_FACTORS)} times K0, or more"
             )
         self._queue: list[tuple[list[Chunk], torch.Tensor]] = []  # chunks with their tokens [L, c * K, d]
         self._tail: torch.Tensor | None = None  # [L, c, K, d], last step's tokens
@@ -146,8 +148,8 @@ class MemoryTasks:
         per_chunk = memory.tokens_per_injection
         positives = _tells(questions, histories.ages).repeat_interleave(per_chunk, dim=1)
         retriever_loss = RetrieverLoss(positives.to(pool[0].device), stage.objective, stage.detach_hidden)
-        share = rng.choice(_K0_SHARES)
-        num_retrieved = int(share * memory.num_retrieved) if stage.kind == "long_term" else 0
+        factor = rng.choice(K0_FACTORS)
+        num_retrieved = factor * memory.num_retrieved if stage.kind == "long_term" else 0
         is_helped = torch.rand(len(asked)) < help_share
         reading = WorldMemory(
             self._network,

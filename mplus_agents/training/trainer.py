@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from mplus_agents.errors import CheckpointError, ConfigError
+from mplus_agents.training.averaging import AverageWeights
 from mplus_agents.training.checkpoints import (
     CheckpointFolder,
     load_values,
@@ -96,6 +97,8 @@ class Trainer:
             network.to(accelerator.device)
             self._masters = MasterWeights(network)
         self._module, self._optimizer = self._prepare()
+        over = stage.optimizer.average_over
+        self._average = AverageWeights(self._weights(), over) if over else None
         self._checkpoints = CheckpointFolder(output / "checkpoints")
         self._log = TrainingLog(output, stage.tensorboard and accelerator.is_main_process)
         self._step = 0
@@ -149,6 +152,8 @@ class Trainer:
         settings = self._stage.optimizer
         if settings.kind == "muon" and self._is_sharded:
             raise ConfigError("optimizer.kind is 'muon'; allowed with FSDP: adamw")
+        if settings.average_over and self._is_sharded:
+            raise ConfigError(f"optimizer.average_over is {settings.average_over}; allowed with FSDP: 0")
         module = _StepModule(self._network, self._recipe)
         optimizer: Any = build_optimizer(self._weights(), settings, is_fused=not self._is_sharded)
         if self._masters is not None:
@@ -184,6 +189,8 @@ class Trainer:
         self._optimizer.step()
         if self._masters is not None:
             self._masters.copy_to_working()
+        if self._average is not None:
+            self._average.update()
         self._step += 1
         return values
 
@@ -266,7 +273,9 @@ class Trainer:
             accelerator.save_state(str(unfinished / _SHARDS))
         elif accelerator.is_main_process:
             weights = {name: weight.detach() for name, weight in self._weights().items()}
-            save_values({"weights": weights, "optimizer": self._optimizer.state_dict()}, unfinished / _WEIGHTS)
+            average = {"average": self._average.values} if self._average is not None else {}
+            values = {"weights": weights, "optimizer": self._optimizer.state_dict(), **average}
+            save_values(values, unfinished / _WEIGHTS)
         own = {"recipe": self._recipe.state_dict(), "generators": generator_states()}
         save_values(own, unfinished / f"process-{accelerator.process_index}.pt")
         accelerator.wait_for_everyone()
@@ -319,6 +328,8 @@ class Trainer:
             else:
                 load_weights(self._weights(), stored["weights"])
             self._optimizer.load_state_dict(stored["optimizer"])
+            if self._average is not None:
+                self._average.load(stored["average"])
         own = load_values(newest / f"process-{self._accelerator.process_index}.pt")
         self._recipe.load_state_dict(own["recipe"])
         self._step, self._seconds = state["step"], state["seconds"]
@@ -350,6 +361,8 @@ class Trainer:
             full = cast(dict[str, torch.Tensor], self._accelerator.get_state_dict(self._module))
             return {name.removeprefix("network."): weight for name, weight in full.items()}
         whole = self._network.state_dict()
+        if self._average is not None:
+            return {**whole, **(self._masters.originals if self._masters else {}), **self._average.values}
         if self._masters is None:
             return whole
         masters = {name: weight.detach() for name, weight in self._masters.weights.items()}

@@ -66,6 +66,37 @@ class TestPlain:
         assert queried(tiny_codec(), prompt) == "User: three\n"
         assert prompt.stop == PLAIN_STOPS
 
+    @pytest.mark.parametrize(
+        ("turn", "asked"),
+        [
+            ("Be kind: always.\n\nNow:\n\nHuman: Where do I live?\nAI:", "Human: Where do I live?\nAI:"),
+            ("Context: Oslo is a\ntown.\n\nQuestion: Where is it?\nAnswer:", "Question: Where is it?\nAnswer:"),
+            ("Now:\nHuman: Hi.\nAI: Hello.\nHuman: Where?\nAI:", "Human: Where?\nAI:"),
+            ("Now:\nHuman: one\nHuman: two\nHuman: three\nAI:", "Human: three\nAI:"),  # nobody replied
+            (
+                "Maya: one\nBako: two\nMaya: Sum up:\nFrom: Theo\nText: hi\nBako: ",
+                "Maya: Sum up:\nFrom: Theo\nText: hi\nBako:",
+            ),
+            ("Where is it 12:30: now?\nTell me.", None),  # no transcript: all of it asks
+            ("Nobody spoke.\nAI:", None),
+            ("Tell me:", None),
+        ],
+    )
+    @pytest.mark.parametrize("template", [None, CHATML])
+    def test_the_last_line_spoken_in_a_transcript_alone_queries(
+        self, turn: str, asked: str | None, template: str | None
+    ) -> None:
+        codec = tiny_codec() if template is None else codec_with(template)
+        prompt = chat_prompt(codec, [Message("user", turn)])
+        whole = turn if template else f"User: {turn}"
+        assert turn.strip() in shown(codec, prompt)
+        assert queried(codec, prompt).strip() == (asked or whole).strip()
+
+    @pytest.mark.parametrize("question", ["Sum up.\nFrom: Theo\nAI:", "Human: one\nAI: two\nHuman: three\nAI:"])
+    def test_all_of_a_question_queries(self, question: str) -> None:
+        prompt = question_prompt(tiny_codec(), "", question)
+        assert all(prompt.is_query)
+
     def test_special_tokens_are_plain_text(self) -> None:
         for prompt in (
             question_prompt(tiny_codec(), "User: <|end|>\n", "what is <|end|><|begin|>?"),

@@ -39,13 +39,14 @@ def rows_of(output: Path) -> list[dict[str, str]]:
         return [{key: value for key, value in row.items() if key != "seconds"} for row in csv.DictReader(file)]
 
 
-def plain_loop(num_steps: int, parts: int = 1) -> dict[str, torch.Tensor]:
+def plain_loop(num_steps: int, parts: int = 1, average_over: int = 1) -> dict[str, torch.Tensor]:
     """What the trainer is to do, written down without it (lr 0.01, warm-up 3, linear from half of the steps)."""
     network = ToyNetwork()
     network.train()
     torch.manual_seed(5)
     recipe = ToyRecipe(network)
     optimizer = torch.optim.AdamW(network.parameters(), lr=0.01, betas=(0.9, 0.98), weight_decay=0.01)
+    mean = {name: weight.clone() for name, weight in network.state_dict().items()}
     for step in range(num_steps):
         factor = min(1, (step + 1) / 3)
         if step >= num_steps / 2:
@@ -57,7 +58,9 @@ def plain_loop(num_steps: int, parts: int = 1) -> dict[str, torch.Tensor]:
             (recipe.loss(step)[0] / parts).backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
-    return network.state_dict()
+        for name, weight in network.state_dict().items():
+            mean[name] += (weight - mean[name]) / average_over
+    return mean
 
 
 @pytest.mark.parametrize("parts", [1, 3])
@@ -69,6 +72,15 @@ def test_steps_are_those_of_a_plain_loop(tmp_path: Path, parts: int) -> None:
         torch.testing.assert_close(trained[name], weight, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("average_over", [1, 3])
+def test_the_average_over_the_last_steps_is_saved(tmp_path: Path, average_over: int) -> None:
+    toy_trainer(tmp_path, stage(optimizer={**stage().optimizer.model_dump(), "average_over": average_over})).run()
+    trained, expected, last = toy_weights(tmp_path), plain_loop(8, 1, average_over), plain_loop(8)
+    for name, weight in expected.items():
+        torch.testing.assert_close(trained[name], weight, rtol=1e-6, atol=1e-7)
+        assert torch.allclose(weight, last[name], rtol=1e-6, atol=1e-7) == (average_over == 1)
+
+
 def test_retriever_has_its_own_rate(tmp_path: Path) -> None:
     values = {"lr": 1e-12, "retriever_lr": 0.1, "warm_up_steps": 0}
     toy_trainer(tmp_path, stage(optimizer=values)).run()
@@ -77,9 +89,12 @@ def test_retriever_has_its_own_rate(tmp_path: Path) -> None:
     assert all((change > 1e-6) == name.startswith("retrievers.") for name, change in moved.items())
 
 
+@pytest.mark.parametrize("average_over", [0, 4])
 @pytest.mark.parametrize("precision", ["float32", "bf16_master"])
-def test_stopped_at_any_step_it_goes_on_bit_for_bit(tmp_path: Path, precision: str) -> None:
-    toy_trainer(tmp_path / "whole", stage(precision=precision)).run()
+def test_stopped_at_any_step_it_goes_on_bit_for_bit(tmp_path: Path, precision: str, average_over: int) -> None:
+    averaged = {**stage().optimizer.model_dump(), "average_over": average_over}
+    wanted = stage(precision=precision, optimizer=averaged)
+    toy_trainer(tmp_path / "whole", wanted).run()
     for steps in (2, 3, 5, 8):
 
         class Stopping(ToyRecipe):
@@ -91,12 +106,12 @@ def test_stopped_at_any_step_it_goes_on_bit_for_bit(tmp_path: Path, precision: s
                 return super().loss(step)
 
         output = tmp_path / str(steps)
-        trainer = toy_trainer(output, stage(precision=precision), Stopping(ToyNetwork()))
+        trainer = toy_trainer(output, wanted, Stopping(ToyNetwork()))
         if steps < 8:
             with pytest.raises(TrainingInterruptedError, match=f"after step {steps}, which is saved"):
                 trainer.run()
-            assert read_result(output, stage(precision=precision)) is None
-            toy_trainer(output, stage(precision=precision)).run()
+            assert read_result(output, wanted) is None
+            toy_trainer(output, wanted).run()
         else:
             assert trainer.run().was_interrupted  # a wish to stop at the last step ends nothing early
         assert_equal_weights(toy_weights(output), toy_weights(tmp_path / "whole"))

@@ -120,7 +120,7 @@ def test_every_second_chunk_is_written_after_the_one_before(num_chunks: int) -> 
 
 
 def test_fewer_tokens_in_a_step_than_are_retrieved_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"num_chunks is 2, which write 8 memory tokens .* numbers that write 16"):
+    with pytest.raises(ConfigError, match=r"num_chunks is 2, which write 8 memory tokens .* numbers that write 32"):
         small_recipe("long_term", "cpu", num_chunks=2)
 
 
