@@ -23,7 +23,7 @@ from tests.cli.conftest import Run
 from tests.training.stages import stage_values
 
 DATA = {"prose": ["kjv"]}  # the shortest one, as it is tokenized for every stage
-SMALL_WORLD = {"type": "small", "num_chunks": 4, "num_questions": 3, "queue_steps": 1}
+SMALL_WORLD = {"type": "small", "num_chunks": 8, "num_questions": 3, "queue_steps": 1}
 
 
 @pytest.fixture
