@@ -210,7 +210,6 @@ class SmallSettings(Section):
         most_context_chunks: Most chunks in a prompt of those steps.
         long_prompt_every: Every so many steps has long prompts; 0: none.
         chat_share: Share of turns that need no memory.
-        prose_share: Share of chunks that tell nothing.
         retriever_weight: Weight of the retriever's loss.
         common_from: Share of common names and values at the first step.
         common_to: The same at the last step.
@@ -228,7 +227,6 @@ class SmallSettings(Section):
     most_context_chunks: Positive = 8
     long_prompt_every: NotNegative = 0
     chat_share: Share = 0.0
-    prose_share: Share = 0.22
     retriever_weight: NotNegativeNumber = 0.3
     common_from: Share = 0.25
     common_to: Share = 0.25

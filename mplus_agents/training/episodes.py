@@ -23,7 +23,8 @@ _PREAMBLES = (
 )
 _LABELS = (("Human", "AI"), ("User", "Assistant"), ("Question", "Answer"), ("Person", "Helper"))
 
-_DIALOGUES = 0.35  # shares; found by trying, they are not critical
+_PROSE_CHUNKS = 0.22  # shares; found by trying, they are not critical
+_DIALOGUES = 0.35
 _OWN_FACTS = 0.4  # of dialogues
 _OWN_IN_TEXT = 0.15  # of other chunks
 _SAME_TURN = 0.25  # of the facts in a dialogue that follow another one
@@ -85,7 +86,6 @@ class EpisodeSource:
         common: Share of common names and values; the others are made up.
         chat_share: Share of turns that need no memory: a fact told, which is acknowledged, or a question whose answer
             stands in the text in front of it.
-        prose_share: Share of chunks that tell nothing.
     """
 
     codec: TextCodec
@@ -94,7 +94,6 @@ class EpisodeSource:
     rng: Random = field(default_factory=Random)
     common: float = 0.25
     chat_share: float = 0.0
-    prose_share: float = 0.22
 
     @classmethod
     def load(cls, codec: TextCodec, texts: Sequence[str], seed: int) -> EpisodeSource:
@@ -136,7 +135,7 @@ class EpisodeSource:
 
     def _draw_chunk(self, num_tokens: int, again: Fact | None) -> Chunk:
         rng = self.rng
-        if again is None and rng.random() < self.prose_share:
+        if again is None and rng.random() < _PROSE_CHUNKS:
             return Chunk(self.draw_prose(num_tokens), [])
         is_dialogue = rng.random() < _DIALOGUES or (again is not None and again.is_own)
         own = rng.random() < (_OWN_FACTS if is_dialogue else _OWN_IN_TEXT)

@@ -59,7 +59,7 @@ class SmallRecipe:
             step: Its number within the stage.
         """
         stage = self._stage
-        self._source.chat_share, self._source.prose_share = stage.chat_share, stage.prose_share
+        self._source.chat_share = stage.chat_share
         self._source.common = stage.common_from + (stage.common_to - stage.common_from) * step / stage.steps
         if stage.kind == "repeat":
             return self._context.repeat()

@@ -11,7 +11,7 @@ import torch
 from mplus_agents.engine.prompts import Prompt
 from mplus_agents.errors import ConfigError
 from mplus_agents.language import Fact, relation
-from mplus_agents.training.episodes import Chunk, EpisodeSource, Key, Question, batch_prompts, find_tellers
+from mplus_agents.training.episodes import Chunk, EpisodeSource, Question, batch_prompts, find_tellers
 from mplus_agents.training.network import TrainableMPlus
 from mplus_agents.training.objectives import RetrieverLoss, answer_loss
 from mplus_agents.training.small_context import NUM_TURNS
@@ -29,8 +29,6 @@ _NEXT_LEVEL_AT = 0.65
 K0_FACTORS = (1, 2, 2, 3, 4, 4)
 MEMORY_TURNS = 2  # questions in a row that reads memory: the second one sees what was retrieved for the first
 _SOON_AGAIN = 0.5  # of the facts told again after other chunks, how many within four chunks
-_FEW_FACTS = 0.5  # of the pasts; then at most this share of the chunks that tell something are part of it
-_MOST_OF_FEW = 0.3
 _MEAN_AGE = 6.0  # of facts that are asked for while they are young
 
 
@@ -140,7 +138,7 @@ class MemoryTasks:
         tellers = find_tellers(chunks)
         most = 1 if is_long else MEMORY_TURNS
         asked = [self._source.draw_questions(chunks, rng.choice(told), tellers, most, is_long) for _ in range(num_rows)]
-        histories = self._histories(asked, tellers, chunks)
+        histories = self._histories(asked, tellers, len(chunks))
         questions = [row[0] for row in asked]
         ages = histories.ages.tolist()
         holders = [_newest(question, past) for question, past in zip(questions, ages, strict=True)]
@@ -212,14 +210,9 @@ class MemoryTasks:
         second = self._network.write(ids[1::2], [rows[: len(ids) // 2].detach() for rows in first])
         return [torch.cat(rows)[order] for rows in zip(first, second, strict=True)]
 
-    def _histories(
-        self, asked: Sequence[Sequence[Question]], tellers: Mapping[Key, Mapping[int, Fact]], chunks: Sequence[Chunk]
-    ) -> Histories:
+    def _histories(self, asked: Sequence[Sequence[Question]], tellers: Any, num_chunks: int) -> Histories:
         stage, memory, num_rows = self._stage, self._network.config.memory, len(asked)
-        allowed = _mostly_prose(num_rows, chunks)
-        for row, questions in enumerate(asked):
-            for question in questions:
-                allowed[row, [question.chunk, *question.answers]] = True
+        allowed = torch.ones(num_rows, num_chunks, dtype=torch.bool)
         for row, questions in enumerate(asked):
             for question in questions:
                 for chunk in tellers.get(question.key, ()):
@@ -265,16 +258,6 @@ class MemoryTasks:
                 ages[other] = -1
         elif rng.random() < _SOON_AGAIN:
             move_beside(ages, chunk, other, rng.choice((-4, -3, -2, 2, 3, 4)))
-
-
-def _mostly_prose(num_rows: int, chunks: Sequence[Chunk]) -> torch.Tensor:
-    """[r, c] bool, which chunks are part of each past: all, or in some all prose but few of those that tell facts.
-
-    Else the retriever would learn to tell facts from each other, and hardly from the books that most of Θ comes from.
-    """
-    has_facts = torch.tensor([bool(chunk.facts) for chunk in chunks])
-    share = torch.where(torch.rand(num_rows) < _FEW_FACTS, _MOST_OF_FEW * torch.rand(num_rows), 1.0)
-    return ~has_facts | (torch.rand(num_rows, len(chunks)) < share[:, None])
 
 
 def move_beside(ages: torch.Tensor, chunk: int, other: int, offset: int) -> bool:

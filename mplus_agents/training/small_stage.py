@@ -27,7 +27,6 @@ class SmallStage:
         most_context_chunks: Most chunks in a prompt of those steps.
         chat_share: Share of turns that need no memory: facts told, which are acknowledged, and questions whose answer
             waits in the window. `theta` and `long_term` only.
-        prose_share: Share of chunks that tell nothing.
         retriever_weight: Weight of the retriever's loss.
         common_from: Share of common names and values at the first step; they are single tokens mostly.
         common_to: The same at the last step.
@@ -45,7 +44,6 @@ class SmallStage:
     long_prompt_every: int = 0
     most_context_chunks: int = 8
     chat_share: float = 0.0
-    prose_share: float = 0.22
     retriever_weight: float = 0.3
     common_from: float = 0.25
     common_to: float = 0.25
