@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig
 
 from mplus_agents.training.build import build_network
-from mplus_agents.training.dry_run import _flops, _Work, estimate
+from mplus_agents.training.dry_run import _flops, _small_work, _Work, estimate
 from mplus_agents.training.stage_files import load_stage, ready_recipes
 from tests.training.stages import stage
 from tests.training.test_build import ThetaOnly, base_folder
@@ -76,3 +76,12 @@ def test_operations_are_those_that_torch_counts(has_gradient: bool) -> None:
             logits.sum().backward()
     told = _flops(_Work(1, num_tokens, 1 + num_theta, has_gradient), config, network)
     assert told == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
+@pytest.mark.parametrize("kind", ["theta", "long_term"])
+def test_questions_of_the_small_recipe_read_a_mean_of_two_and_two_thirds_k0(kind: str) -> None:
+    config = stage(recipe={"type": "small", "kind": kind})
+    network, _ = build_network(config)
+    memory = network.config.memory
+    retrieved = round(8 / 3 * memory.num_retrieved) if kind == "long_term" else 0
+    assert _small_work(config, network)[1].num_slots == 1 + memory.max_short_term + retrieved

@@ -12,12 +12,14 @@ from hypothesis import strategies as st
 
 from mplus_agents.engine.prompts import Prompt
 from mplus_agents.errors import ConfigError
+from mplus_agents.training import small_memory
 from mplus_agents.training.build import build_network
 from mplus_agents.training.episodes import ACKNOWLEDGEMENT, Chunk, EpisodeSource, Question, find_tellers
 from mplus_agents.training.network import TrainableMPlus
 from mplus_agents.training.small import SmallRecipe
 from mplus_agents.training.small_memory import _first_turns, _rows, _tells, move_beside
 from mplus_agents.training.small_stage import SmallStage, StepKind
+from mplus_agents.training.world import WorldMemory
 from tests.training.stages import stage
 
 _PROSE = "There was a long road to the sea and back again. " * 60
@@ -26,7 +28,7 @@ _AGES = torch.tensor([[4, 0, 3, 1], [0, 1, 2, 3], [0, 2, 1, -1]])
 _DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
-def small_recipe(kind: StepKind, device: str, num_chunks: int) -> tuple[torch.nn.Module, SmallRecipe]:
+def small_recipe(kind: StepKind, device: str, num_chunks: int) -> tuple[TrainableMPlus, SmallRecipe]:
     network, codec = build_network(stage())
     network.to(device)
     options = SmallStage(kind, 4, num_chunks, 6, queue_steps=2, long_prompt_every=2, chat_share=0.2)
@@ -51,6 +53,22 @@ def test_steps_of_every_kind_train_what_they_use(kind: StepKind, device: str) ->
     assert "decoder.lm_head.weight" in moved
     assert ("new_memory_positional_emb" in moved) == writes
     assert any(name.startswith("retrievers.") for name in moved) == retrieves
+
+
+def test_one_to_four_times_k0_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    network, recipe = small_recipe("long_term", "cpu", num_chunks=8)
+    read: list[int] = []
+
+    class Recording(WorldMemory):
+        def __init__(self, *args: Any) -> None:
+            read.append(args[5])
+            super().__init__(*args)
+
+    monkeypatch.setattr(small_memory, "WorldMemory", Recording)
+    for _ in range(40):
+        recipe._memory.memory(is_long=False, help_share=0.0)
+    num_retrieved = network.config.memory.num_retrieved
+    assert set(read) == {num_retrieved, 2 * num_retrieved, 3 * num_retrieved, 4 * num_retrieved}
 
 
 def test_a_fact_told_after_text_in_the_prompt_is_acknowledged(monkeypatch: pytest.MonkeyPatch) -> None:
