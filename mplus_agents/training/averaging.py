@@ -1,4 +1,4 @@
-"""The mean of the weights over the last steps, which is a better model than the weights of any one of them."""
+"""The mean of the weights over the last steps."""
 
 from __future__ import annotations
 
