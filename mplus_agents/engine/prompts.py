@@ -13,7 +13,7 @@ from mplus_agents.engine.text import TextCodec
 from mplus_agents.errors import InvalidInputError
 
 # Changes to how turns are written or gathered get a new number; every event keeps the one it was logged under.
-POLICY_VERSION = 2
+POLICY_VERSION = 3
 
 _LABELS = {"system": "System", "user": "User", "assistant": "Assistant", "tool": "Tool"}
 # A base model goes on with the next turn by itself if nobody stops it.

@@ -42,13 +42,18 @@ class Waiting:
         """The text as it is shown and injected."""
         return write_turn(self.role, self.content)
 
+    @property
+    def is_open_line(self) -> bool:
+        """Whether the text stops within a line. Turns end theirs."""
+        return self.role is None and not self.content[-1:].isspace()
+
     def needs_break_before(self, following: Waiting) -> bool:
         """Tell whether a new line must part this from what follows: the end of a document is not the next one's start.
 
         Args:
             following: What stands after it.
         """
-        if self.role is not None or self.content[-1:].isspace():
+        if not self.is_open_line:
             return False
         end = (self.offset or 0) + len(self.content)
         return following.source_id != self.source_id or following.offset != end

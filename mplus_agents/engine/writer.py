@@ -125,7 +125,7 @@ class Writer:
             waiting = self._resident.num_waiting_tokens
             room = self._chunk_tokens - waiting
             if room < self._min_tokens <= waiting:
-                self._inject(self._resident.window)
+                self._inject(self._resident.window, source_id)
                 room = self._chunk_tokens
             piece, ids = self._codec.next_piece(text, start, room)
             self._take(Waiting(None, piece, ids, source_id, start))
@@ -134,7 +134,7 @@ class Writer:
             self._progress = _Progress(source_id, start, digest.copy().hexdigest(), start == len(text))
             waiting = self._resident.num_waiting_tokens
             if waiting >= (self._min_tokens if start < len(text) else self._chunk_tokens):
-                self._inject(self._resident.window)
+                self._inject(self._resident.window, source_id if start < len(text) else None)
             self._on_progress(len(piece), len(ids))
             self._commit_if_due()
             if self._group and time.monotonic() - self._group_started > _MAX_GROUP_S:
@@ -212,14 +212,24 @@ class Writer:
         self._new_items.append(item)
         self._resident.window.append(item)
 
-    def _inject(self, items: Sequence[Waiting]) -> None:
-        """Write items, the oldest in the window, into the memory; they reach the store with the next commit."""
+    def _inject(self, items: Sequence[Waiting], goes_on: str | None = None) -> None:
+        """Write items, the oldest in the window, into the memory; they reach the store with the next commit.
+
+        What ends here has its line ended, as if more followed: a fact in the last words of an injection is kept better
+        with a token after it (docs/decisions/0002-curriculum.md).
+
+        Args:
+            items: What is written.
+            goes_on: The document whose text goes on in the next injection, if there is one.
+        """
         memory = self._resident.memory
         ids = list(items[0].ids)
         for item, following in pairwise(items):
             if item.needs_break_before(following):
                 ids += self._codec.encode("\n")
             ids += following.ids
+        if items[-1].is_open_line and items[-1].source_id != goes_on:
+            ids += self._codec.encode("\n")
         delta = self._model.write(torch.tensor([ids], device=self._model.device), memory)
         receipt = memory.apply(delta)
         takes_snapshot = (receipt.step + 1) % _SNAPSHOT_EVERY == 0

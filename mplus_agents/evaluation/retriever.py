@@ -167,7 +167,7 @@ def _fill(
     chunk, place = model.config.chunk_tokens, rng.randrange(len(prose))
     for step in range(life.num_injections):
         if step in told:
-            ids = loaded.codec.encode(told[step][0].text)
+            ids = loaded.codec.encode(f"{told[step][0].text.rstrip()}\n")  # as an agent ends its injections
         else:
             ids = [prose[(place + offset) % len(prose)] for offset in range(chunk)]
             place += chunk

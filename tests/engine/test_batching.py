@@ -297,7 +297,9 @@ ACTIONS = st.one_of(
 )
 
 
-def act(agent: Agent, documents: dict[str, str], turns: list[Message], kind: str, argument: Any) -> None:
+def act(
+    agent: Agent, documents: dict[str, str], ends: set[tuple[str, int]], turns: list[Message], kind: str, argument: Any
+) -> None:
     if kind == "turns":
         agent.remember(argument)
         turns += argument
@@ -306,6 +308,7 @@ def act(agent: Agent, documents: dict[str, str], turns: list[Message], kind: str
         source_id = f"d{len(documents)}" if is_new else f"d{len(documents) - 1}"
         documents[source_id] = documents.get(source_id, "") + argument
         agent.remember(documents[source_id], source_id=source_id)
+        ends.add((source_id, len(documents[source_id])))
     else:
         agent.flush()
 
@@ -323,17 +326,23 @@ def said(agent: Agent) -> list[Message]:
     return turns
 
 
-def injected(events: list[Any], encode: Callable[[str], list[int]]) -> list[int]:
-    """The tokens of an injection: a new line parts the end of a document from what follows it."""
+def injected(
+    group: list[Any], following: Any, encode: Callable[[str], list[int]], ends: set[tuple[str, int]]
+) -> list[int]:
+    """The tokens of an injection: a line ends where a document does, unless the document went on when more was said."""
     ids: list[int] = []
-    for place, event in enumerate(events):
+    num_said = 0
+    for event, after in itertools.pairwise([*group, following]):
         text = event.text or ""
         ids += encode(write_turn(event.role, text))
-        if event.role is not None or text[-1].isspace() or place + 1 == len(events):
+        num_said += len(encode(write_turn(event.role, text)))
+        if event.role is not None or text[-1].isspace():
             continue
-        following = events[place + 1]
-        if (following.source_id, following.offset) != (event.source_id, event.offset + len(text)):
-            ids += encode("\n")
+        end = (event.source_id, event.offset + len(text))
+        goes_on = after is not None and (after.source_id, after.offset) == end
+        if event is group[-1] and end in ends and num_said >= small().config.chunk_tokens:
+            goes_on = False  # injected at once, before the document grew
+        ids += [] if goes_on else encode("\n")
     return ids
 
 
@@ -341,6 +350,7 @@ def injected(events: list[Any], encode: Callable[[str], list[int]]) -> list[int]
 @given(st.lists(ACTIONS, min_size=1, max_size=8))
 def test_any_history_is_accounted_for_and_reopens_bit_for_bit(actions: list[tuple[str, Any]]) -> None:
     documents: dict[str, str] = {}
+    ends: set[tuple[str, int]] = set()
     turns: list[Message] = []
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "a.db"
@@ -353,7 +363,7 @@ def test_any_history_is_accounted_for_and_reopens_bit_for_bit(actions: list[tupl
                         kind, argument = todo.pop(0)
                         if kind == "reopen":
                             break
-                        act(agent, documents, turns, kind, argument)
+                        act(agent, documents, ends, turns, kind, argument)
                         assert with_version(agent) == reopened(agent)
         with engine(path, small()) as mplus:
             agent = mplus.agent("a")
@@ -362,7 +372,8 @@ def test_any_history_is_accounted_for_and_reopens_bit_for_bit(actions: list[tupl
             assert said(agent) == turns
             events = {event.seq: event for event in log_of(agent)}
             assert written == [
-                injected([events[seq] for seq in group], mplus.codec.encode) for group in groups_of(agent)
+                injected([events[seq] for seq in group], events.get(group[-1] + 1), mplus.codec.encode, ends)
+                for group in groups_of(agent)
             ]
 
 
@@ -375,6 +386,23 @@ def test_two_documents_in_a_row_do_not_run_together(mplus: MPlus) -> None:
     assert agent.window_text == expected
     again = MPlus(mplus.model, mplus.codec, mplus.store, mplus.name).agent("a")
     assert again.window_text == expected
+
+
+def test_an_injection_ends_its_last_line_where_the_text_ends(mplus: MPlus) -> None:
+    encode = mplus.codec.encode
+    told = "Maya lives in Oslo. Bob was born in Rome, and Ida will travel to Bergen."
+    with written_ids(mplus.model) as written:
+        mplus.agent("a").remember(told)
+        mplus.agent("a").flush()
+        mplus.agent("b").remember(f"{told}\n")
+        mplus.agent("b").flush()
+    assert written == [encode(f"{told}\n")] * 2
+    with written_ids(mplus.model) as written:
+        mplus.agent("c").remember(prose(400))
+        mplus.agent("c").flush()
+    end = encode("\n")
+    assert len(written) > 3
+    assert [ids[-len(end) :] == end for ids in written] == [False] * (len(written) - 1) + [True]
 
 
 def test_agents_do_not_meet(mplus: MPlus) -> None:
