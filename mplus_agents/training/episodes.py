@@ -23,12 +23,17 @@ _PREAMBLES = (
 )
 _LABELS = (("Human", "AI"), ("User", "Assistant"), ("Question", "Answer"), ("Person", "Helper"))
 
-_PROSE_CHUNKS = 0.22  # shares; found by trying, they are not critical
+_PROSE_CHUNKS = 0.35  # shares; found by trying, they are not critical
 _DIALOGUES = 0.35
 _OWN_FACTS = 0.4  # of dialogues
 _OWN_IN_TEXT = 0.15  # of other chunks
 _SAME_TURN = 0.25  # of the facts in a dialogue that follow another one
 _DENSE = 0.3
+# What ends a chunk has the fewest memory tokens after it, and a text that is remembered by itself ends its chunk: such
+# facts are told and asked for more often (docs/decisions/0002-curriculum.md).
+_PROSE_IN_FRONT = 0.5
+_PROSE_BEHIND = 0.2  # else between
+_LAST_ASKED = 0.25  # besides those that are drawn anyway
 _REPLIED = 0.7  # of the conversations that wait in the window
 _UPDATES = 0.12
 _UNKNOWN = 0.05
@@ -179,10 +184,10 @@ class EpisodeSource:
         left = num_tokens - sum(len(piece) for piece in pieces)
         cuts = [0] * (len(pieces) + 1)
         way = self.rng.random()
-        if way < 0.4:
-            cuts[-1] = left
-        elif way < 0.6:
+        if way < _PROSE_IN_FRONT:
             cuts[0] = left
+        elif way < _PROSE_IN_FRONT + _PROSE_BEHIND:
+            cuts[-1] = left
         else:
             borders = sorted(self.rng.randint(0, left) for _ in pieces)
             cuts = [end - start for start, end in zip([0, *borders], [*borders, left], strict=True)]
@@ -211,6 +216,8 @@ class EpisodeSource:
         """
         facts = chunks[chunk_idx].facts
         asked = self.rng.sample(facts, min(num_questions, len(facts)))
+        if self.rng.random() < _LAST_ASKED:
+            asked = [facts[-1], *(fact for fact in asked if fact is not facts[-1])][: len(asked)]
         return [self._ask(fact, chunks, chunk_idx, tellers, long) for fact in asked]
 
     def _ask(

@@ -29,6 +29,7 @@ _NEXT_LEVEL_AT = 0.65
 K0_FACTORS = (1, 2, 2, 3, 4, 4)
 MEMORY_TURNS = 2  # questions in a row that reads memory: the second one sees what was retrieved for the first
 _SOON_AGAIN = 0.5  # of the facts told again after other chunks, how many within four chunks
+_LONG_TERM = 0.86  # of the questions of the last stage, how many read Θ; the others read θ alone
 _MEAN_AGE = 6.0  # of facts that are asked for while they are young
 
 
@@ -233,7 +234,7 @@ class MemoryTasks:
         ages = torch.minimum(near, torch.full_like(near, 10 if stage.kind == "theta" else 40))
         if stage.kind == "long_term":
             far = (torch.rand(num_rows) * lengths).long()
-            has_long_term = torch.rand(num_rows) < 0.92
+            has_long_term = torch.rand(num_rows) < _LONG_TERM
             ages = torch.where(has_long_term & (torch.rand(num_rows) < 0.7), far, ages)
             ages = torch.where(has_long_term, ages, ages.clamp(max=10))
         lengths = torch.minimum(lengths, most)

@@ -125,3 +125,22 @@ def test_an_answer_is_exact_only_if_every_token_is(source: EpisodeSource) -> Non
     second = len(source.codec.encode("It is so.")) + 2  # a token of the second answer
     logits[second] = logits[second].roll(1)
     assert exact_answers(logits, batch).tolist() == [1.0, 0.0, 1.0]
+
+
+def test_half_of_the_chunks_end_with_what_they_tell_and_the_last_fact_is_asked_for_more(source: EpisodeSource) -> None:
+    chunks = [chunk for chunk in source.draw_chunks(600, 64) if chunk.facts]
+    ends = []
+    for chunk in chunks:
+        text, last = source.codec.decode(chunk.ids), chunk.facts[-1]
+        rest = text[text.lower().rindex(last.value.lower()) :]
+        ends.append(not any(word in rest for word in ("There", "long", "road", "sea", "again")))
+    assert 0.5 < sum(ends) / len(ends) < 0.8  # half, those that are full anyway, and what a random cut leaves
+    tellers = find_tellers(chunks)
+    asked = [
+        question.key == chunk.facts[-1].key
+        for place, chunk in enumerate(chunks)
+        if len(chunk.facts) == 4
+        for _ in range(20)
+        for question in source.draw_questions(chunks, place, tellers, 1)
+    ]
+    assert sum(asked) / len(asked) == pytest.approx(0.95 * (0.25 + 0.75 / 4), abs=0.04)  # one in twenty is unknown
