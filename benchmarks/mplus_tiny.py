@@ -90,18 +90,7 @@ def measure(name: str, output: Path, template: Path) -> None:
         template: ConversationChain's default prompt.
     """
     if name in _RETENTION:
-        command = [
-            "-m",
-            "mplus_agents.cli.main",
-            "eval",
-            "retention",
-            "--seed",
-            "0",
-            "--episodes",
-            "200",
-            "--workers",
-            "2",
-        ]
+        command = "-m mplus_agents.cli.main eval retention --seed 0 --episodes 200 --workers 2".split()
         command += [argument if argument != _TEMPLATE else str(template) for argument in _RETENTION[name]]
     else:
         command = list(_OTHERS[name])
