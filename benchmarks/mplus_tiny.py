@@ -23,6 +23,7 @@ from langchain_classic.chains.conversation.prompt import PROMPT
 from mplus_agents.evaluation.engines import load
 
 _ROOT = Path(__file__).parent.parent
+_EVAL = ("-m", "mplus_agents.cli.main", "eval")
 _FEW = ("--streams", "25", "--distances", "0,64,512")
 _TEMPLATE = "{template}"  # stands for the path of ConversationChain's default prompt
 _RETENTION: dict[str, tuple[str, ...]] = {
@@ -38,7 +39,7 @@ _RETENTION: dict[str, tuple[str, ...]] = {
     "fresh": ("--streams", "200", "--distances", "0,2,8"),
 }
 _OTHERS: dict[str, tuple[str, ...]] = {
-    "retriever": ("-m", "mplus_agents.cli.main", "eval", "retriever", "--seed", "0"),
+    "retriever": (*_EVAL, "retriever", "--seed", "0"),
     "corrections": (str(_ROOT / "benchmarks" / "corrections.py"), "--questions", "50", "--distances", "0,8"),
 }
 
@@ -90,7 +91,7 @@ def measure(name: str, output: Path, template: Path) -> None:
         template: ConversationChain's default prompt.
     """
     if name in _RETENTION:
-        command = "-m mplus_agents.cli.main eval retention --seed 0 --episodes 200 --workers 2".split()
+        command = [*_EVAL, "retention", "--seed", "0", "--episodes", "200", "--workers", "2"]
         command += [argument if argument != _TEMPLATE else str(template) for argument in _RETENTION[name]]
     else:
         command = list(_OTHERS[name])
