@@ -397,12 +397,13 @@ def test_an_injection_ends_its_last_line_where_the_text_ends(mplus: MPlus) -> No
         mplus.agent("b").remember(f"{told}\n")
         mplus.agent("b").flush()
     assert written == [encode(f"{told}\n")] * 2
-    with written_ids(mplus.model) as written:
-        mplus.agent("c").remember(prose(400))
-        mplus.agent("c").flush()
     end = encode("\n")
-    assert len(written) > 3
-    assert [ids[-len(end) :] == end for ids in written] == [False] * (len(written) - 1) + [True]
+    for name, text in {"c": prose(400), "d": "é" * 700}.items():  # the second one is cut within its only line
+        with written_ids(mplus.model) as written:
+            mplus.agent(name).remember(text)
+            mplus.agent(name).flush()
+        assert len(written) > 3
+        assert [ids[-len(end) :] == end for ids in written] == [False] * (len(written) - 1) + [True]
 
 
 def test_agents_do_not_meet(mplus: MPlus) -> None:
