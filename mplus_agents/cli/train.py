@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mplus_agents.cli.host_memory import keep_freed_memory
 from mplus_agents.cli.output import format_bytes, new_table, note, print_json, print_table
 from mplus_agents.errors import ConfigError
 
@@ -63,6 +64,8 @@ def train(
       [dim]$[/] mplus chat --model runs/tiny/8-conversation/model --store sqlite:///trained.db
     """
     _require_packages()
+    if not dry_run:
+        keep_freed_memory()
     from mplus_agents.training.stage_files import find_stages, load_stage
 
     files = find_stages(recipe)
