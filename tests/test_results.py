@@ -1,0 +1,62 @@
+"""The numbers that the docs state are those that were measured and saved, with the weights in the package."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mplus_agents.evaluation.engines import load
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "docs" / "results"
+ROWS = {
+    "with Θ": "mplus",
+    "θ alone (MemoryLLM)": "theta_only",
+    "Θ read at random": "random",
+    "all text in the prompt, while it fits": "full_context",
+    "the end of the text in the prompt": "window",
+    "with the long-term memory Θ": "mplus",
+    "the same weights, Θ off": "theta_only",
+}
+PAGES = {
+    "docs/evaluation.md": 5,
+    "mplus_agents/assets/mplus-tiny/README.md": 5,
+    "README.md": 2,
+}
+
+
+def result(name: str) -> dict[str, Any]:
+    """Return a saved result."""
+    saved: dict[str, Any] = json.loads((RESULTS / f"mplus-tiny-{name}.json").read_text(encoding="utf-8"))
+    return saved
+
+
+def cells(line: str) -> list[str]:
+    """Return the cells of a Markdown row, without bold."""
+    return [cell.strip().strip("*") for cell in line.strip().strip("|").split("|")]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_tables_of_retention_say_what_was_measured(page: str) -> None:
+    saved = {(point["variant"], point["distance"]): point["accuracy"] for point in result("retention")["points"]}
+    lines = (ROOT / page).read_text(encoding="utf-8").splitlines()
+    heads = [number for number, line in enumerate(lines) if re.match(r"\| chunks .*between \| 0 \|", line)]
+    assert len(heads) == 1
+    distances = [int(cell.replace(",", "")) for cell in cells(lines[heads[0]])[1:]]
+    rows = [cells(line) for line in lines[heads[0] + 2 : heads[0] + 2 + PAGES[page]]]
+    for name, *shown in rows:
+        measured = [saved.get((ROWS[name], distance)) for distance in distances]
+        assert [None if cell == "–" else float(cell) for cell in shown] == measured, name
+    assert len({name for name, *_ in rows}) == PAGES[page]
+
+
+def test_retention_was_measured_in_full_with_the_packaged_weights() -> None:
+    saved = result("retention")
+    assert saved["weights"] == load("mplus-tiny").weights
+    assert saved["is_complete"]
+    assert saved["streams"] >= 50
+    assert {point["episodes"] for point in saved["points"]} == {200}
