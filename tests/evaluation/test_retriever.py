@@ -22,11 +22,11 @@ def test_who_retrieves_everything_finds_everything(tmp_path: Path) -> None:
 def test_chance_is_the_share_of_the_retrieved_and_runs_repeat(tmp_path: Path) -> None:
     steps: list[tuple[int, int]] = []
     settings = RetrieverSettings(
-        sizes=(200, 64), questions=2, num_retrieved=20, prose=prose_file(tmp_path), device="cpu"
+        sizes=(200, 96), questions=2, num_retrieved=20, prose=prose_file(tmp_path), device="cpu"
     )
     result = run_retriever(settings, lambda done, total: steps.append((done, total)))
     assert {(point.size, point.random) for point in result.points} == {
-        (64, 20 / 64),
+        (96, 20 / 96),
         (200, 20 / 224),
     }  # 7 injections of 32
     assert all(0 <= point.recall <= point.found <= 1 for point in result.points)
