@@ -80,6 +80,17 @@ def test_trains_all_stages_and_what_comes_out_answers(mplus: Run, recipe: Path) 
     assert fresh.stdout.startswith("2-long-term: 1 steps")
 
 
+def test_training_alone_changes_how_the_process_allocates(
+    mplus: Run, recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[bool] = []
+    monkeypatch.setattr(command, "keep_freed_memory", lambda: calls.append(True))
+    assert mplus("train", str(recipe), "--dry-run").exit_code == 0
+    assert calls == []
+    assert mplus("train", str(recipe), "--stage", "1-repeat").exit_code == 0
+    assert calls == [True]
+
+
 def test_dry_run_trains_nothing(mplus: Run, recipe: Path) -> None:
     result = mplus("train", str(recipe), "--dry-run", "--json")
     assert result.exit_code == 0, result.output
