@@ -3,13 +3,15 @@
     python benchmarks/training_step.py [--steps 8] [--rounds 3] [--output FILE.json]
 
 Both go on from the packaged weights with the last stage of the recipe `tiny`, forward and backward, each in processes
-of its own, by turns. The baseline is a process that allocates as the C library does by default.
+of its own, by turns. The baseline is a process that allocates as the C library does by default. The most resident
+memory of a process is printed as well.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import resource
 import statistics
 import subprocess
 import sys
@@ -33,20 +35,35 @@ def main() -> None:
     if options.child:
         if options.child == "kept" and not keep_freed_memory():
             raise SystemExit("the C library is not glibc, or the environment says how to allocate")
-        print(json.dumps(time_steps(options.steps)))
+        measured_steps = time_steps(options.steps)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB
+        print(json.dumps({"seconds": measured_steps, "bytes": peak}))
         return
     seconds: dict[str, list[float]] = {"default": [], "kept": []}
+    held: dict[str, list[int]] = {"default": [], "kept": []}
     for _ in range(options.rounds):
         for kind, measured in seconds.items():
             command = [sys.executable, __file__, "--steps", str(options.steps), "--child", kind]
             done = subprocess.run(command, check=True, capture_output=True, text=True)
-            measured += json.loads(done.stdout.splitlines()[-1])
+            result = json.loads(done.stdout.splitlines()[-1])
+            measured += result["seconds"]
+            held[kind].append(result["bytes"])
     medians = {kind: statistics.median(measured) for kind, measured in seconds.items()}
     print(f"median seconds per step: default {medians['default']:.2f}, memory kept {medians['kept']:.2f}")
     print(f"ratio: {medians['kept'] / medians['default']:.2f}")
+    peaks = {kind: statistics.median(measured) / 1e9 for kind, measured in held.items()}
+    print(f"held at most, median of processes: default {peaks['default']:.1f} GB, memory kept {peaks['kept']:.1f} GB")
     if options.output is not None:
-        values = {"medians": medians, "seconds": seconds}
+        values = {"versions": _versions(), "medians": medians, "seconds": seconds, "peak_bytes": held}
         options.output.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+
+
+def _versions() -> dict[str, str]:
+    import torch  # not before a child has chosen how to allocate
+
+    from mplus_agents.evaluation.engines import versions
+
+    return versions(torch.device("cpu"))
 
 
 def time_steps(num_steps: int) -> list[float]:
