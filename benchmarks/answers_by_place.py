@@ -1,6 +1,7 @@
 """Counts wrong answers by the place of a fact in its chunk: thousands of questions in minutes, to compare weights.
 
     python benchmarks/answers_by_place.py [--model mplus-tiny] [--worlds 4] [--seed 77] [--output FILE.json]
+    python benchmarks/answers_by_place.py --template prompt.txt --turns 3    # in a framework's prompt, with a history
 
 A world is made of chunks of an unseen novel and chunks that tell four facts by new names and values, each written after
 some chunk of the novel. Every question draws its own past from them, as training does: the fact's chunk at the age that
@@ -22,7 +23,9 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from mplus_agents.engine.prompts import question_prompt
+from mplus_agents.engine.prompts import Prompt, chat_prompt, question_prompt
+from mplus_agents.engine.records import Message
+from mplus_agents.evaluation.settings import RetentionSettings
 from mplus_agents.language import Fact, draw_facts
 from mplus_agents.language.prose import packaged_prose
 from mplus_agents.model.checkpoint import CheckpointFiles
@@ -33,6 +36,7 @@ from mplus_agents.training.small_metrics import exact_answers
 from mplus_agents.training.world import Histories, WorldMemory, draw_histories, draw_theta
 
 _NUM_PROSE, _NUM_TOLD, _NUM_FACTS, _NUM_OTHERS = 576, 96, 4, 5
+_REPLY = "Thank you for telling me."
 _WAVE = 64  # chunks that are written together
 # chunks after the fact's own, and whether Θ is read
 _SETTINGS = ((0, True), (8, True), (32, True), (64, True), (256, True), (512, True), (0, False), (1, False), (2, False))
@@ -51,6 +55,37 @@ class World:
     told: list[list[Fact]]
 
 
+@dataclass(frozen=True, slots=True)
+class Asking:
+    """How a question is asked.
+
+    Attributes:
+        source: The tokenizer and the randomness.
+        template: The prompt around a question, as `mplus eval retention --template` takes it; None: the question alone.
+        num_turns: Turns about other people in the template's history.
+    """
+
+    source: EpisodeSource
+    template: str | None
+    num_turns: int
+
+    def prompt(self, fact: Fact) -> Prompt:
+        """Write the prompt that asks for a fact.
+
+        Args:
+            fact: What is asked for.
+        """
+        rng, codec = self.source.rng, self.source.codec
+        if self.template is None:
+            return question_prompt(codec, "", fact.ask(rng))
+        others: list[Fact] = []
+        while len(others) < self.num_turns:
+            others += [other for other in draw_facts(rng, 1, "evaluation") if other.key != fact.key]
+        history = "\n".join(f"Human: {other.state(rng)}\nAI: {_REPLY}" for other in others)
+        content = RetentionSettings(template=self.template).prompt(fact.ask(rng), history)
+        return chat_prompt(codec, [Message("user", content)])
+
+
 def main() -> None:
     """Ask, count and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
@@ -58,18 +93,22 @@ def main() -> None:
     parser.add_argument("--worlds", type=int, default=4, help=f"{_NUM_TOLD * _NUM_FACTS} questions each")
     parser.add_argument("--seed", type=int, default=77)
     parser.add_argument("--ending", default=r"\n", help="what follows the last fact; an agent ends the line")
+    parser.add_argument("--template", help="file with the prompt around a question, {question} and perhaps {history}")
+    parser.add_argument("--turns", type=int, default=0, help="turns about other people in the template's history")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     network, codec = load_network(CheckpointFiles.open(options.model).folder)
     network.requires_grad_(False)
     source = EpisodeSource.load(codec, [packaged_prose("novel")], options.seed)
+    template = options.template and Path(options.template).read_text(encoding="utf-8")
+    asking = Asking(source, template, options.turns)
     wrong: Counter[tuple[int, bool, int]] = Counter()
     for number in tqdm(range(options.worlds), desc="worlds"):
         source.rng = Random(f"{options.seed}:{number}")
         torch.manual_seed(options.seed * 1_000 + number)
         world = write_world(network, source, options.ending.encode().decode("unicode_escape"))
         for age, has_long_term in _SETTINGS:
-            wrong.update((age, has_long_term, place) for place in ask(network, source, world, age, has_long_term))
+            wrong.update((age, has_long_term, place) for place in ask(network, asking, world, age, has_long_term))
     num_asked = options.worlds * _NUM_TOLD
     print_table(wrong, num_asked)
     if options.output is not None:
@@ -79,6 +118,7 @@ def main() -> None:
             for place in range(_NUM_FACTS)
         ]
         values = {"model": options.model, "seed": options.seed, "ending": options.ending, "questions": num_asked}
+        values |= {"template": template, "turns": options.turns}
         options.output.write_text(json.dumps({**values, "points": points}, indent=1) + "\n", encoding="utf-8")
 
 
@@ -111,17 +151,17 @@ def write_world(network: TrainableMPlus, source: EpisodeSource, ending: str) -> 
     return World([rows.flatten(0, 1) for rows in layers], told)
 
 
-def ask(network: TrainableMPlus, source: EpisodeSource, world: World, age: int, has_long_term: bool) -> list[int]:
+def ask(network: TrainableMPlus, asking: Asking, world: World, age: int, has_long_term: bool) -> list[int]:
     """Ask for every fact of a world; return the place in its chunk of each that was answered wrong.
 
     Args:
         network: The network.
-        source: The tokenizer and the randomness.
+        asking: How it is asked.
         world: What was told.
         age: Chunks written after the fact's own.
         has_long_term: Whether Θ is read, besides θ.
     """
-    rng, memory = source.rng, network.config.memory
+    rng, codec, memory = asking.source.rng, asking.source.codec, network.config.memory
     wrong = []
     for place in range(_NUM_FACTS):
         rows = []
@@ -131,11 +171,11 @@ def ask(network: TrainableMPlus, source: EpisodeSource, world: World, age: int, 
             fact = facts[place]
             others = [idx for idx, told in enumerate(world.told) if all(other.key != fact.key for other in told)]
             allowed[row, [_NUM_PROSE + idx for idx in [row, *rng.sample(others, _NUM_OTHERS)]]] = True
-            rows.append([(question_prompt(source.codec, "", fact.ask(rng)), fact.answer())])
+            rows.append([(asking.prompt(fact), fact.answer())])
         targets = _NUM_PROSE + torch.arange(_NUM_TOLD)
         ages = draw_histories(allowed, targets, torch.full_like(targets, age), torch.full_like(targets, 10**6))
         histories = Histories(ages, torch.full((_NUM_TOLD,), has_long_term))
-        batch = batch_prompts(source.codec, rows, int(network.decoder.config.eos_token_id))
+        batch = batch_prompts(codec, rows, int(network.decoder.config.eos_token_id))
         theta = draw_theta(ages, memory.num_layers, memory)
         num_retrieved = memory.num_retrieved if has_long_term else 0
         reading = WorldMemory(network, world.pool, histories, theta, batch.is_query, num_retrieved)
