@@ -27,6 +27,7 @@ PAGES = {
     "mplus_agents/assets/mplus-tiny/README.md": 5,
     "README.md": 2,
 }
+CONDITIONS = {"bare", "chain", "chain-window", "value-first", "unknown", "k128", "own", "updated"}
 
 
 def result(name: str) -> dict[str, Any]:
@@ -60,3 +61,29 @@ def test_retention_was_measured_in_full_with_the_packaged_weights() -> None:
     assert saved["is_complete"]
     assert saved["streams"] >= 50
     assert {point["episodes"] for point in saved["points"]} == {200}
+
+
+def test_table_of_other_conditions_says_what_was_measured_and_marks_other_weights() -> None:
+    packaged = load("mplus-tiny").weights["weights"]
+    text = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    row = r"^\| (.*)\(\[numbers\]\(results/mplus-tiny-([a-z0-9-]+)\.json\)\)( †)? \|(.*)$"
+    rows = re.findall(row, text, re.MULTILINE)
+    assert {name for _, name, _, _ in rows} == CONDITIONS
+    for label, name, mark, numbers in rows:
+        saved = result(name)
+        field = "superseded" if "the earlier value" in label else "accuracy"
+        points = {point["distance"]: point[field] for point in saved["points"] if point["variant"] == "mplus"}
+        asked = saved["settings"]["num_retrieved"] or saved["settings"]["memory"]["num_retrieved"]
+        measured = [asked, *(points[distance] for distance in (0, 64, 512))]
+        assert [float(cell) for cell in cells(numbers)] == measured, name
+        assert bool(mark) == (saved["weights"]["weights"] != packaged), name
+
+
+def test_table_of_the_retriever_says_what_was_measured() -> None:
+    saved: dict[int, list[float]] = {}
+    for point in sorted(result("retriever")["points"], key=lambda point: (point["size"], point["layer"])):
+        saved.setdefault(point["size"], []).append(point["recall"])
+    text = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    for size, recalls in saved.items():
+        row = next(line for line in text.splitlines() if re.match(rf"\| {size:,} \| \.\d+ \|", line))
+        assert [float(cell) for cell in cells(row)[2:]] == pytest.approx(recalls, abs=5e-4)

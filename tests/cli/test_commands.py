@@ -14,7 +14,7 @@ from mplus_agents.store import Store
 from tests.cli.conftest import Run
 
 STORE = "sqlite:///mplus.db"
-_PER_INJECTION, _SHORT_TERM = 32, 896  # K and N of mplus-tiny
+_PER_INJECTION, _SHORT_TERM = 32, 832  # K and N of mplus-tiny
 
 
 def num_injections(name: str = "default") -> int:
