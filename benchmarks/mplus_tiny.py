@@ -3,14 +3,13 @@
     python benchmarks/mplus_tiny.py [--only retention,bare] [--folder docs/results] [--again]
 
 What is complete and of the packaged weights is not measured again, so a run that was broken off goes on. All of it
-takes two to three hours on two CPU cores; nothing else should run there. The baselines are in the results: θ alone, Θ
-read at random, all text in the prompt.
+takes two to three hours on two CPU cores; nothing else should run there. `benchmarks/result_tables.py` then writes the
+tables. The baselines are in the results: θ alone, Θ read at random, all text in the prompt.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -19,8 +18,7 @@ import time
 from pathlib import Path
 
 from langchain_classic.chains.conversation.prompt import PROMPT
-
-from mplus_agents.evaluation.engines import load
+from result_tables import is_of_packaged_model, read_result
 
 _ROOT = Path(__file__).parent.parent
 _EVAL = ("-m", "mplus_agents.cli.main", "eval")
@@ -55,13 +53,12 @@ def main() -> None:
     unknown = [name for name in names if name not in {**_RETENTION, **_OTHERS}]
     if unknown:
         parser.error(f"--only names {unknown}; allowed are {', '.join((*_RETENTION, *_OTHERS))}")
-    weights = load("mplus-tiny").weights["weights"]
     with tempfile.TemporaryDirectory() as folder:
         template = Path(folder) / "prompt.txt"
         template.write_text(PROMPT.template.replace("{input}", "{question}"), encoding="utf-8")
         for name in names:
             output = options.folder / f"mplus-tiny-{name}.json"
-            if not options.again and is_current(output, weights):
+            if not options.again and is_current(output):
                 print(f"{name}: is there", flush=True)
                 continue
             started = time.monotonic()
@@ -69,17 +66,16 @@ def main() -> None:
             print(f"{name}: {(time.monotonic() - started) / 60:.0f} minutes", flush=True)
 
 
-def is_current(path: Path, weights: str) -> bool:
-    """Tell whether a result is complete and of these weights.
+def is_current(path: Path) -> bool:
+    """Tell whether a result is complete and of the packaged model.
 
     Args:
         path: Where it would be.
-        weights: Digest of the weights.
     """
     if not path.is_file():
         return False
-    result = json.loads(path.read_text(encoding="utf-8"))
-    return bool(result.get("is_complete", True)) and result["weights"]["weights"] == weights
+    result = read_result(path)
+    return bool(result.get("is_complete", True)) and is_of_packaged_model(result)
 
 
 def measure(name: str, output: Path, template: Path) -> None:

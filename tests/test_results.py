@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,11 @@ def result(name: str) -> dict[str, Any]:
     return saved
 
 
+def is_of_other_weights(saved: dict[str, Any], packaged: dict[str, str]) -> bool:
+    """Tell whether a result was measured with other weights, or with another θ, than the packaged ones."""
+    return any(saved["weights"][key] != packaged[key] for key in ("weights", "memory.max_short_term"))
+
+
 def cells(line: str) -> list[str]:
     """Return the cells of a Markdown row, without bold."""
     return [cell.strip().strip("*") for cell in line.strip().strip("|").split("|")]
@@ -55,6 +62,12 @@ def test_tables_of_retention_say_what_was_measured(page: str) -> None:
     assert len({name for name, *_ in rows}) == PAGES[page]
 
 
+def test_tables_are_those_that_the_command_writes() -> None:
+    command = [sys.executable, "benchmarks/result_tables.py", "--check"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
 def test_retention_was_measured_in_full_with_the_packaged_weights() -> None:
     saved = result("retention")
     assert saved["weights"] == load("mplus-tiny").weights
@@ -64,7 +77,7 @@ def test_retention_was_measured_in_full_with_the_packaged_weights() -> None:
 
 
 def test_table_of_other_conditions_says_what_was_measured_and_marks_other_weights() -> None:
-    packaged = load("mplus-tiny").weights["weights"]
+    packaged = load("mplus-tiny").weights
     text = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
     row = r"^\| (.*)\(\[numbers\]\(results/mplus-tiny-([a-z0-9-]+)\.json\)\)( †)? \|(.*)$"
     rows = re.findall(row, text, re.MULTILINE)
@@ -76,7 +89,7 @@ def test_table_of_other_conditions_says_what_was_measured_and_marks_other_weight
         asked = saved["settings"]["num_retrieved"] or saved["settings"]["memory"]["num_retrieved"]
         measured = [asked, *(points[distance] for distance in (0, 64, 512))]
         assert [float(cell) for cell in cells(numbers)] == measured, name
-        assert bool(mark) == (saved["weights"]["weights"] != packaged), name
+        assert bool(mark) == is_of_other_weights(saved, packaged), name
 
 
 def test_table_of_the_retriever_says_what_was_measured() -> None:
@@ -87,3 +100,21 @@ def test_table_of_the_retriever_says_what_was_measured() -> None:
     for size, recalls in saved.items():
         row = next(line for line in text.splitlines() if re.match(rf"\| {size:,} \| \.\d+ \|", line))
         assert [float(cell) for cell in cells(row)[2:]] == pytest.approx(recalls, abs=5e-4)
+
+
+def test_table_of_corrections_says_what_was_measured() -> None:
+    text = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    rows = [cells(line) for line in re.findall(r"^\| \d+ \| (?:before|while|once) .*$", text, re.MULTILINE)]
+    measured = [(point["distance"], point["earlier"], point["later"]) for point in result("corrections")["points"]]
+    assert [(int(row[0]), float(row[2]), float(row[3])) for row in rows] == measured
+    assert all(sum(map(float, row[2:])) == pytest.approx(1) for row in rows)
+
+
+def test_numbers_of_a_memory_that_is_not_full_are_those_measured() -> None:
+    text = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    shown = re.search(r"mplus-tiny-fresh\.json\)\)( †)?: (\S+), (\S+), (\S+) right", text)
+    assert shown is not None
+    saved = result("fresh")
+    measured = {point["distance"]: point["accuracy"] for point in saved["points"] if point["variant"] == "mplus"}
+    assert {distance: float(number) for distance, number in zip((0, 2, 8), shown.groups()[1:], strict=True)} == measured
+    assert bool(shown[1]) == is_of_other_weights(saved, load("mplus-tiny").weights)
