@@ -45,6 +45,27 @@ NumRetrievedOption = Annotated[
 ProseOption = Annotated[
     str | None, typer.Option(metavar="FILE", help="Take the prose from a text file, not from the packaged novel.")
 ]
+DistancesOption = Annotated[str, typer.Option(metavar="D,D,…", help="Chunks of prose between fact and question.")]
+StreamsOption = Annotated[
+    int | None,
+    typer.Option(
+        min=1, metavar="N", help="Streams that carry the facts; at least 50 (or one per question) if not given."
+    ),
+]
+ConditionOption = Annotated[
+    Literal["plain", "own", "updated", "unknown", "value_first"],
+    typer.Option(
+        help="Facts about people; in the first person; told again with another value; never told; or with the "
+        "value in front."
+    ),
+]
+TemplateOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TEXT|FILE",
+        help="Ask through this prompt; {question} stands for the question, {history} for the window.",
+    ),
+]
 
 
 @evaluate.callback()
@@ -67,31 +88,12 @@ def retention(
     episodes: Annotated[
         int, typer.Option(min=1, metavar="N", help="Questions per distance and variant.")
     ] = DEFAULT_EPISODES,
-    distances: Annotated[
-        str, typer.Option(metavar="D,D,…", help="Chunks of prose between fact and question.")
-    ] = DEFAULT_DISTANCES,
-    streams: Annotated[
-        int | None,
-        typer.Option(
-            min=1, metavar="N", help="Streams that carry the facts; at least 50 (or one per question) if not given."
-        ),
-    ] = None,
-    condition: Annotated[
-        Literal["plain", "own", "updated", "unknown", "value_first"],
-        typer.Option(
-            help="Facts about people; in the first person; told again with another value; never told; or with the "
-            "value in front."
-        ),
-    ] = "plain",
+    distances: DistancesOption = DEFAULT_DISTANCES,
+    streams: StreamsOption = None,
+    condition: ConditionOption = "plain",
     gap: Annotated[int, typer.Option(min=1, metavar="N", help="Chunks between the two tellings of 'updated'.")] = 1,
     num_retrieved: NumRetrievedOption = None,
-    template: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TEXT|FILE",
-            help="Ask through this prompt; {question} stands for the question, {history} for the window.",
-        ),
-    ] = None,
+    template: TemplateOption = None,
     window_tokens: Annotated[
         int, typer.Option(min=0, metavar="N", help="Let so many tokens of other turns wait in the window.")
     ] = 0,
@@ -326,6 +328,7 @@ def _progress(what: str, total: int | None = None) -> Iterator[Callable[..., Non
     with tqdm(total=total, desc=what, disable=not sys.stderr.isatty(), leave=False) as bar:
 
         def advance(done: int, in_all: int | None = None) -> None:
+            """Move the bar on by so many, and set the total if it has become known."""
             if in_all is not None and bar.total != in_all:
                 bar.total = in_all
             bar.update(done)

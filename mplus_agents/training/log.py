@@ -140,6 +140,7 @@ class TrainingLog:
         columns = [*(name for name in _FIXED if name in names), *(name for name in names if name not in _FIXED)]
 
         def write_rows(path: Path) -> None:
+            """Write the head and all rows to a new file."""
             with path.open("w", newline="", encoding="utf-8") as file:
                 writer = csv.DictWriter(file, columns, restval="")
                 writer.writeheader()
