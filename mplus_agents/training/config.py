@@ -10,8 +10,6 @@ from mplus_agents.config import MemoryConfig, MPlusConfig, RetrievalQuery
 
 PREVIOUS = "previous"
 Precision = Literal["float32", "bf16_master", "bf16_autocast"]
-
-
 Prose = Literal["kjv", "jargon", "novel"]
 
 
@@ -213,6 +211,8 @@ class SmallSettings(Section):
         retriever_weight: Weight of the retriever's loss.
         common_from: Share of common names and values at the first step.
         common_to: The same at the last step.
+        hard_from: Share of what is hard at the first step.
+        hard_to: The same at the last step.
         easy_steps: Steps of `recall` before sentences come in.
         objective: The retriever's objective.
         detach_hidden: Whether the retriever's loss stops at the hidden states.
@@ -230,6 +230,8 @@ class SmallSettings(Section):
     retriever_weight: NotNegativeNumber = 0.3
     common_from: Share = 0.25
     common_to: Share = 0.25
+    hard_from: Share = 1.0
+    hard_to: Share = 1.0
     easy_steps: NotNegative = 100
     objective: Literal["bce", "contrastive"] = "contrastive"
     detach_hidden: Flag = True

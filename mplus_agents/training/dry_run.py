@@ -171,7 +171,8 @@ def _small_work(stage: StageConfig, network: TrainableMPlus) -> list[_Work]:
         return [_Work(_WARM_UP_ROWS, _WARM_UP_TOKENS, 1)]
     memory, longest = network.config.memory, network.config.chunk_tokens
     length = _FULL_CHUNKS * longest + (1 - _FULL_CHUNKS) * (_SHORTEST_CHUNK + longest) / 2
-    num_read = round(fmean(K0_FACTORS) * memory.num_retrieved) if recipe.kind == "long_term" else 0
+    times = 1 + (fmean(K0_FACTORS) - 1) * (recipe.hard_from + recipe.hard_to) / 2
+    num_read = round(times * memory.num_retrieved) if recipe.kind == "long_term" else 0
     num_slots = 1 + memory.max_short_term + num_read
     num_turns = NUM_TURNS if recipe.kind == "write" else MEMORY_TURNS
     return [

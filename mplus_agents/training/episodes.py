@@ -30,9 +30,9 @@ _OWN_IN_TEXT = 0.15  # of other chunks
 _SAME_TURN = 0.25  # of the facts in a dialogue that follow another one
 _DENSE = 0.3
 # What ends a chunk has the fewest memory tokens after it, and a text that is remembered by itself ends its chunk: such
-# facts are told and asked for more often (docs/decisions/0002-curriculum.md).
-_PROSE_IN_FRONT = 0.5
-_PROSE_BEHIND = 0.2  # else between
+# facts are told and asked for more often (docs/decisions/0002-curriculum.md), once the others are learned.
+_PROSE_IN_FRONT, _PROSE_BEHIND = 0.5, 0.2  # else between
+_EASY_IN_FRONT, _EASY_BEHIND = 0.2, 0.4
 _LAST_ASKED = 0.25  # besides those that are drawn anyway
 _REPLIED = 0.7  # of the conversations that wait in the window
 _UPDATES = 0.12
@@ -91,6 +91,7 @@ class EpisodeSource:
         common: Share of common names and values; the others are made up.
         chat_share: Share of turns that need no memory: a fact told, which is acknowledged, or a question whose answer
             stands in the text in front of it.
+        hard: Share of chunks that are hard to keep.
     """
 
     codec: TextCodec
@@ -99,6 +100,7 @@ class EpisodeSource:
     rng: Random = field(default_factory=Random)
     common: float = 0.25
     chat_share: float = 0.0
+    hard: float = 1.0
 
     @classmethod
     def load(cls, codec: TextCodec, texts: Sequence[str], seed: int) -> EpisodeSource:
@@ -142,23 +144,27 @@ class EpisodeSource:
         rng = self.rng
         if again is None and rng.random() < _PROSE_CHUNKS:
             return Chunk(self.draw_prose(num_tokens), [])
+        is_hard = rng.random() < self.hard
         is_dialogue = rng.random() < _DIALOGUES or (again is not None and again.is_own)
         own = rng.random() < (_OWN_FACTS if is_dialogue else _OWN_IN_TEXT)
         num_facts = rng.randint(1, 5) if rng.random() > _DENSE else 8
-        facts = draw_facts(rng, num_facts, "training", _TOLD, own=own, common=self.common)
+        facts = draw_facts(rng, num_facts, "training", _TOLD if is_hard else RELATIONS, own=own, common=self.common)
         if again is not None:
             facts = [again, *(fact for fact in facts if fact.key != again.key)][:4]
             rng.shuffle(facts)  # that it stands first must not tell a correction
-        pieces, told = self._write(facts, num_tokens, is_dialogue)
-        return Chunk(self._fill_up(pieces, num_tokens), told)
+        pieces, told = self._write(facts, num_tokens, is_dialogue, is_hard)
+        return Chunk(self._fill_up(pieces, num_tokens, is_hard), told)
 
-    def _write(self, facts: Sequence[Fact], num_tokens: int, is_dialogue: bool) -> tuple[list[list[int]], list[Fact]]:
+    def _write(
+        self, facts: Sequence[Fact], num_tokens: int, is_dialogue: bool, is_hard: bool
+    ) -> tuple[list[list[int]], list[Fact]]:
         rng = self.rng
         pieces: list[list[int]] = []
         told: list[Fact] = []
         gap = rng.choice(("", "", "\n"))
+        first = _VALUE_FIRST if is_hard else 0.0
         for turn in self._turns_of(facts) if is_dialogue else [[fact] for fact in facts]:
-            text = " ".join(fact.state(rng, value_first=rng.random() < _VALUE_FIRST) for fact in turn)
+            text = " ".join(fact.state(rng, value_first=rng.random() < first) for fact in turn)
             if is_dialogue:
                 reply = f"Assistant: {rng.choice(_REPLIES)}\n" if rng.random() < 0.5 else ""
                 text = f"User: {text}\n{reply}"
@@ -179,14 +185,15 @@ class EpisodeSource:
                 turns.append([fact])
         return turns
 
-    def _fill_up(self, pieces: list[list[int]], num_tokens: int) -> list[int]:
+    def _fill_up(self, pieces: list[list[int]], num_tokens: int, is_hard: bool) -> list[int]:
         """Put prose before, after or between the pieces until the chunk is full."""
         left = num_tokens - sum(len(piece) for piece in pieces)
         cuts = [0] * (len(pieces) + 1)
+        in_front, behind = (_PROSE_IN_FRONT, _PROSE_BEHIND) if is_hard else (_EASY_IN_FRONT, _EASY_BEHIND)
         way = self.rng.random()
-        if way < _PROSE_IN_FRONT:
+        if way < in_front:
             cuts[0] = left
-        elif way < _PROSE_IN_FRONT + _PROSE_BEHIND:
+        elif way < in_front + behind:
             cuts[-1] = left
         else:
             borders = sorted(self.rng.randint(0, left) for _ in pieces)
@@ -216,7 +223,7 @@ class EpisodeSource:
         """
         facts = chunks[chunk_idx].facts
         asked = self.rng.sample(facts, min(num_questions, len(facts)))
-        if self.rng.random() < _LAST_ASKED:
+        if self.rng.random() < _LAST_ASKED * self.hard:
             asked = [facts[-1], *(fact for fact in asked if fact is not facts[-1])][: len(asked)]
         return [self._ask(fact, chunks, chunk_idx, tellers, long) for fact in asked]
 

@@ -23,6 +23,7 @@ class RetrieverLoss:
         num_hard: Negatives with the highest scores per question. Many of them and few others teach to score all alike
             (docs/decisions/0002-curriculum.md).
         num_random: Other negatives per question.
+        others: [r, p] bool, the tokens that may be negatives; those of the past if None.
     """
 
     def __init__(
@@ -32,12 +33,14 @@ class RetrieverLoss:
         detach_hidden: bool = True,
         num_hard: int = 16,
         num_random: int = 512,
+        others: torch.Tensor | None = None,
     ) -> None:
         self.detach_hidden = detach_hidden
         self._positives = positives
         self._objective = objective
         self._num_hard = num_hard
         self._num_random = num_random
+        self._others = others
         self.terms: list[torch.Tensor] = []
         self.recalls: list[float] = []
 
@@ -56,8 +59,8 @@ class RetrieverLoss:
         asked = self._positives.any(dim=1).nonzero()[:, 0]
         if not len(asked):
             return
-        positives, is_past = self._positives[asked], is_past[asked]
-        negatives = is_past & ~positives
+        positives = self._positives[asked]
+        negatives = (is_past if self._others is None else self._others)[asked] & ~positives
         if self._objective == "bce":
             picked, wanted = _bce_sample(positives, negatives, self._num_hard + self._num_random)
         else:

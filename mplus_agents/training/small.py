@@ -60,7 +60,9 @@ class SmallRecipe:
         """
         stage = self._stage
         self._source.chat_share = stage.chat_share
-        self._source.common = stage.common_from + (stage.common_to - stage.common_from) * step / stage.steps
+        done = step / stage.steps
+        self._source.common = stage.common_from + (stage.common_to - stage.common_from) * done
+        self._source.hard = stage.hard_from + (stage.hard_to - stage.hard_from) * done
         if stage.kind == "repeat":
             return self._context.repeat()
         if stage.kind == "recall":

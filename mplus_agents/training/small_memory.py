@@ -25,7 +25,8 @@ _FIRST_WRITES = 0.06  # share of the steps that write into an empty memory
 _LEVELS = (1, 2, 4, 8)  # chunks in θ, while writing is learned
 _NEXT_LEVEL_AT = 0.65
 # How many times K0 is read. More than in use, so that no fact is ever further away than training had it: a long prompt
-# adds to the distance, and the oldest facts are the first to suffer (docs/decisions/0002-curriculum.md).
+# adds to the distance, and the oldest facts are the first to suffer (docs/decisions/0002-curriculum.md). Of steps that
+# are not hard, each reads K0.
 K0_FACTORS = (1, 2, 2, 3, 4, 4)
 MEMORY_TURNS = 2  # questions in a row that reads memory: the second one sees what was retrieved for the first
 _SOON_AGAIN = 0.5  # of the facts told again after other chunks, how many within four chunks
@@ -88,7 +89,10 @@ class MemoryTasks:
         self._level, self._smoothed = state["level"]
 
     def write_only(self) -> tuple[torch.Tensor, dict[str, float]]:
-        """Answer from a chunk's own tokens among those of a few others, nothing dropped (paper 3.2.4, stage 1)."""
+        """Answer from a chunk's own tokens among those of a few others, nothing dropped (paper 3.2.4, stage 1).
+
+        Unlike the paper's, this stage trains the retriever, too: to find the chunk among all of the step.
+        """
         stage, rng, memory = self._stage, self._source.rng, self._network.config.memory
         chunks, pool = self._write_world()
         tellers = find_tellers(chunks)
@@ -105,16 +109,15 @@ class MemoryTasks:
         most = min(self._level, len(sizes) - 1)
         lengths = torch.tensor(sizes)[torch.randint(max(0, most - 2), most + 1, (len(told),))]
         ages = draw_histories(allowed, torch.tensor(told), (torch.rand(len(told)) * lengths).long(), lengths)
-        rows = [
-            [(question.prompt, question.answers.get(place, question.unknown)) for question in questions]
-            for place, questions in zip(told, asked, strict=True)
-        ]
-        batch = batch_prompts(self._source.codec, rows, self._end_id).to(pool[0].device)
+        device, per_chunk = pool[0].device, memory.tokens_per_injection
+        batch = batch_prompts(self._source.codec, _rows(asked, ages.tolist()), self._end_id).to(device)
+        positives = _tells([questions[0] for questions in asked], ages).repeat_interleave(per_chunk, dim=1).to(device)
+        others = allowed.repeat_interleave(per_chunk, dim=1).to(device)
+        retriever_loss = RetrieverLoss(positives, stage.objective, stage.detach_hidden, others=others)
         theta = draw_theta(ages, memory.num_layers, memory)
         histories = Histories(ages, torch.zeros(len(told), dtype=torch.bool))
-        hidden = self._network.read(
-            batch.input_ids, WorldMemory(self._network, pool, histories, theta, batch.is_query, 0)
-        )
+        reading = WorldMemory(self._network, pool, histories, theta, batch.is_query, 0, retriever_loss)
+        hidden = self._network.read(batch.input_ids, reading)
         logits = self._network.logits(hidden[batch.targets >= 0])
         loss = answer_loss(logits, batch.targets[batch.targets >= 0])
         exact = exact_answers(logits, batch).mean().item()
@@ -123,7 +126,9 @@ class MemoryTasks:
             self._level, self._smoothed = self._level + 1, 0.0
         # what counts is the last level: `stop_when` must not see the easy ones
         name = "exact" if most == len(sizes) - 1 else f"exact_of_{sizes[most]}"
-        return loss, {name: exact, "answer": loss.item(), "level": float(self._level)}
+        found = retriever_loss.total()
+        metrics = {name: exact, "answer": loss.item(), "retriever": found.item(), "level": float(self._level)}
+        return loss + stage.retriever_weight * found, metrics
 
     def memory(self, is_long: bool, help_share: float) -> tuple[torch.Tensor, dict[str, float]]:
         """Answer from what dropping left in θ and, in the last stage, from Θ (paper 3.2.4, stages 2 and 3).
@@ -149,7 +154,7 @@ class MemoryTasks:
         per_chunk = memory.tokens_per_injection
         positives = _tells(questions, histories.ages).repeat_interleave(per_chunk, dim=1)
         retriever_loss = RetrieverLoss(positives.to(pool[0].device), stage.objective, stage.detach_hidden)
-        factor = rng.choice(K0_FACTORS)
+        factor = rng.choice(K0_FACTORS) if rng.random() < self._source.hard else 1
         num_retrieved = factor * memory.num_retrieved if stage.kind == "long_term" else 0
         is_helped = torch.rand(len(asked)) < help_share
         reading = WorldMemory(

@@ -30,6 +30,9 @@ class SmallStage:
         retriever_weight: Weight of the retriever's loss.
         common_from: Share of common names and values at the first step; they are single tokens mostly.
         common_to: The same at the last step.
+        hard_from: Share, at the first step, of chunks that are hard to keep (what they tell at their end, values before
+            their persons, many numbers, their last fact asked for) and of steps that read more than K0 tokens of Θ.
+        hard_to: The same at the last step.
         easy_steps: `recall`: steps with values next to their names, before sentences come in over as many more.
         objective: The retriever's objective.
         detach_hidden: Whether the retriever's loss stops at the hidden states.
@@ -47,6 +50,8 @@ class SmallStage:
     retriever_weight: float = 0.3
     common_from: float = 0.25
     common_to: float = 0.25
+    hard_from: float = 1.0
+    hard_to: float = 1.0
     easy_steps: int = 100
     objective: RetrieverObjective = "contrastive"
     detach_hidden: bool = True

@@ -78,10 +78,15 @@ def test_operations_are_those_that_torch_counts(has_gradient: bool) -> None:
     assert told == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 
-@pytest.mark.parametrize("kind", ["theta", "long_term"])
-def test_questions_of_the_small_recipe_read_a_mean_of_two_and_two_thirds_k0(kind: str) -> None:
-    config = stage(recipe={"type": "small", "kind": kind})
+@pytest.mark.parametrize(
+    ("kind", "hard", "times"),
+    [("theta", (1.0, 1.0), 0), ("long_term", (1.0, 1.0), 8 / 3), ("long_term", (0.0, 1.0), 11 / 6)],
+)
+def test_questions_of_the_small_recipe_read_a_mean_of_two_and_two_thirds_k0(
+    kind: str, hard: tuple[float, float], times: float
+) -> None:
+    config = stage(recipe={"type": "small", "kind": kind, "hard_from": hard[0], "hard_to": hard[1]})
     network, _ = build_network(config)
     memory = network.config.memory
-    retrieved = round(8 / 3 * memory.num_retrieved) if kind == "long_term" else 0
-    assert _small_work(config, network)[1].num_slots == 1 + memory.max_short_term + retrieved
+    read = round(times * memory.num_retrieved)
+    assert _small_work(config, network)[1].num_slots == 1 + memory.max_short_term + read

@@ -127,14 +127,18 @@ def test_an_answer_is_exact_only_if_every_token_is(source: EpisodeSource) -> Non
     assert exact_answers(logits, batch).tolist() == [1.0, 0.0, 1.0]
 
 
-def test_half_of_the_chunks_end_with_what_they_tell_and_the_last_fact_is_asked_for_more(source: EpisodeSource) -> None:
+@pytest.mark.parametrize(("hard", "least", "most", "last"), [(1.0, 0.5, 0.8, 0.25), (0.0, 0.3, 0.5, 0.0)])
+def test_hard_chunks_end_with_what_they_tell_and_their_last_fact_is_asked_for_more(
+    source: EpisodeSource, hard: float, least: float, most: float, last: float
+) -> None:
+    source.hard = hard
     chunks = [chunk for chunk in source.draw_chunks(600, 64) if chunk.facts]
     ends = []
     for chunk in chunks:
-        text, last = source.codec.decode(chunk.ids), chunk.facts[-1]
-        rest = text[text.lower().rindex(last.value.lower()) :]
+        text, fact = source.codec.decode(chunk.ids), chunk.facts[-1]
+        rest = text[text.lower().rindex(fact.value.lower()) :]
         ends.append(not any(word in rest for word in ("There", "long", "road", "sea", "again")))
-    assert 0.5 < sum(ends) / len(ends) < 0.8  # half, those that are full anyway, and what a random cut leaves
+    assert least < sum(ends) / len(ends) < most  # also full ones, and what a random cut leaves
     tellers = find_tellers(chunks)
     asked = [
         question.key == chunk.facts[-1].key
@@ -143,4 +147,21 @@ def test_half_of_the_chunks_end_with_what_they_tell_and_the_last_fact_is_asked_f
         for _ in range(20)
         for question in source.draw_questions(chunks, place, tellers, 1)
     ]
-    assert sum(asked) / len(asked) == pytest.approx(0.95 * (0.25 + 0.75 / 4), abs=0.04)  # one in twenty is unknown
+    wanted = 0.95 * (last + (1 - last) / 4)  # one in twenty is unknown
+    assert sum(asked) / len(asked) == pytest.approx(wanted, abs=0.04)
+
+
+@pytest.mark.parametrize(("hard", "numbers", "value_first"), [(1.0, 3 / 19, 0.57), (0.0, 1 / 17, 0.39)])
+def test_hard_chunks_tell_numbers_and_values_before_their_persons_more_often(
+    source: EpisodeSource, hard: float, numbers: float, value_first: float
+) -> None:
+    source.hard = hard
+    chunks = source.draw_chunks(1500, 64)
+    facts = [fact for chunk in chunks for fact in chunk.facts]
+    assert sum(fact.relation.name == "number" for fact in facts) / len(facts) == pytest.approx(numbers, abs=0.02)
+    first = []
+    for chunk in chunks:
+        text = source.codec.decode(chunk.ids)
+        if len(chunk.facts) == 1 and not chunk.facts[0].is_own:
+            first.append(text.index(chunk.facts[0].value) < text.index(chunk.facts[0].person))
+    assert sum(first) / len(first) == pytest.approx(value_first, abs=0.08)

@@ -12,10 +12,12 @@ from hypothesis import strategies as st
 
 from mplus_agents.engine.prompts import Prompt
 from mplus_agents.errors import ConfigError
+from mplus_agents.language import Fact
 from mplus_agents.training import small_memory
 from mplus_agents.training.build import build_network
 from mplus_agents.training.episodes import ACKNOWLEDGEMENT, Chunk, EpisodeSource, Question, find_tellers
 from mplus_agents.training.network import TrainableMPlus
+from mplus_agents.training.objectives import RetrieverLoss
 from mplus_agents.training.small import SmallRecipe
 from mplus_agents.training.small_memory import _first_turns, _rows, _tells, move_beside
 from mplus_agents.training.small_stage import SmallStage, StepKind
@@ -49,13 +51,47 @@ def test_steps_of_every_kind_train_what_they_use(kind: StepKind, device: str) ->
     moved = {
         name for name, weight in network.named_parameters() if weight.grad is not None and weight.grad.abs().sum() > 0
     }
-    writes, retrieves = kind in ("write", "theta", "long_term"), kind in ("theta", "long_term")
+    writes = kind in ("write", "theta", "long_term")
     assert "decoder.lm_head.weight" in moved
     assert ("new_memory_positional_emb" in moved) == writes
-    assert any(name.startswith("retrievers.") for name in moved) == retrieves
+    assert any(name.startswith("retrievers.") for name in moved) == writes
 
 
-def test_one_to_four_times_k0_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_while_writing_the_retriever_tells_the_chunk_from_all_that_do_not_tell_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    network, recipe = small_recipe("write", "cpu", num_chunks=8)
+    drawn: list[list[Chunk]] = []
+    losses: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    class Recording(RetrieverLoss):
+        def __init__(self, positives: torch.Tensor, *args: Any, **settings: Any) -> None:
+            losses.append((positives, settings["others"]))
+            super().__init__(positives, *args, **settings)
+
+    def find(chunks: list[Chunk]) -> dict[tuple[str, str], dict[int, Fact]]:
+        drawn.append(chunks)
+        return find_tellers(chunks)
+
+    monkeypatch.setattr(small_memory, "RetrieverLoss", Recording)
+    monkeypatch.setattr(small_memory, "find_tellers", find)
+    loss, metrics = recipe._memory.write_only()
+    assert loss.item() == pytest.approx(metrics["answer"] + 0.3 * metrics["retriever"])
+    assert metrics["retriever"] > 0
+    (chunks,), ((positives, others),) = drawn, losses
+    per_chunk = network.config.memory.tokens_per_injection
+    tellers = find_tellers(chunks)
+    assert positives.shape == others.shape == (len(positives), 8 * per_chunk)
+    for wanted, allowed in zip(positives.view(-1, 8, per_chunk), others.view(-1, 8, per_chunk), strict=True):
+        assert [row.unique().numel() for row in (*wanted, *allowed)] == [1] * 16  # whole chunks
+        asked = wanted[:, 0].nonzero()[:, 0].tolist()
+        if asked:  # not if what nobody told is asked about
+            left_out = {place for place in range(8) if not allowed[place, 0]}
+            assert left_out <= {place for fact in chunks[asked[0]].facts for place in tellers[fact.key]} - {*asked}
+            assert len(asked) == 1
+
+
+def test_one_to_four_times_k0_is_read_and_k0_where_nothing_is_hard(monkeypatch: pytest.MonkeyPatch) -> None:
     network, recipe = small_recipe("long_term", "cpu", num_chunks=8)
     read: list[int] = []
 
@@ -69,6 +105,11 @@ def test_one_to_four_times_k0_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
         recipe._memory.memory(is_long=False, help_share=0.0)
     num_retrieved = network.config.memory.num_retrieved
     assert set(read) == {num_retrieved, 2 * num_retrieved, 3 * num_retrieved, 4 * num_retrieved}
+    read.clear()
+    recipe._source.hard = 0.0
+    for _ in range(10):
+        recipe._memory.memory(is_long=False, help_share=0.0)
+    assert set(read) == {num_retrieved}
 
 
 def test_a_fact_told_after_text_in_the_prompt_is_acknowledged(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,7 +137,7 @@ def test_what_a_prompt_begins_with_is_always_asked_about(monkeypatch: pytest.Mon
 
     kept: list[list[Chunk]] = []
     monkeypatch.setattr(EpisodeSource, "draw_questions", draw)
-    for _ in range(12):
+    for _ in range(24):
         recipe._context.context(8)
     rows: dict[int, list[int]] = {}
     told = {name: places for name, _, places in asked}

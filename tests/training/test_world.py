@@ -198,6 +198,9 @@ def test_the_retrievers_loss_is_its_formula(objective: str) -> None:
             mine = torch.stack([torch.exp(z[place]) for place in own]).sum()
             total += (float(mean) - float(torch.log(mine / (mine + rest)))) / 2
     assert float(loss.total()) == pytest.approx(total / 2, rel=1e-4)
+    named = RetrieverLoss(positives, objective, num_hard=12, num_random=0, others=is_past)  # type: ignore[arg-type]
+    named.add(queries, keys, rows, scores, positives)  # a past of the chunk asked about alone, as while writing
+    assert float(named.total()) == pytest.approx(total / 2, rel=1e-4)
 
 
 def test_the_retrievers_loss_reaches_hidden_states_only_if_told_to() -> None:
