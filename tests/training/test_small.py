@@ -112,6 +112,18 @@ def test_one_to_four_times_k0_is_read_and_k0_where_nothing_is_hard(monkeypatch: 
     assert set(read) == {num_retrieved}
 
 
+def test_shares_go_in_a_line_from_the_first_step_to_the_last() -> None:
+    network, codec = build_network(stage())
+    source = EpisodeSource.load(codec, [_PROSE], seed=1)
+    options = SmallStage("repeat", 4, common_from=0.8, common_to=0.4, hard_from=0.2, hard_to=1.0)
+    recipe = SmallRecipe(network, source, options)
+    drawn = []
+    for step in range(4):
+        recipe.loss(step)
+        drawn.append((source.common, source.hard))
+    assert drawn == [pytest.approx(shares) for shares in ((0.8, 0.2), (0.7, 0.4), (0.6, 0.6), (0.5, 0.8))]
+
+
 def test_a_fact_told_after_text_in_the_prompt_is_acknowledged(monkeypatch: pytest.MonkeyPatch) -> None:
     _, recipe = small_recipe("long_term", "cpu", num_chunks=8)
     recipe._source.chat_share = 1.0  # every turn tells something now
