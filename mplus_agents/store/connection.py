@@ -19,6 +19,7 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlch
 from sqlalchemy.pool import SingletonThreadPool, StaticPool
 
 from mplus_agents.errors import InvalidInputError, StoreError
+from mplus_agents.store.write_queue import WriteQueue
 
 __all__ = ["Database"]
 
@@ -63,9 +64,10 @@ class Database:
         _check_driver(self._engine)
         self.url = self._engine.url.render_as_string(hide_password=True)
         sa.event.listen(self._engine, "invalidate", _roll_back)
-        # Writers of this process queue here, without polling; those of other processes meet in SQLite.
-        self._write_lock = threading.Lock()
-        self._writing_thread: int | None = None
+        if isinstance(self._engine.pool, StaticPool):
+            sa.event.listen(self._engine, "handle_error", _keep_connection)
+        # Writers of this process queue here; those of other processes meet in SQLite.
+        self._queue = WriteQueue()
         # A database in memory is one connection. Threads take turns, and reads inside a write use the write's.
         self._turn = threading.RLock() if isinstance(self._engine.pool, StaticPool) else None
         self._shared: sa.Connection | None = None
@@ -94,19 +96,14 @@ class Database:
         Raises:
             StoreError: If the database fails or stays locked, or this thread is writing already.
         """
-        thread = threading.get_ident()
-        if self._writing_thread == thread:
+        if self._queue.is_mine:
             raise StoreError(f"this thread already has a write transaction open on {self.url}")
-        if not self._write_lock.acquire(timeout=self._busy_timeout_s):
-            reason = _SQLITE_REASONS["SQLITE_BUSY"]
-            raise StoreError(f"{reason} of {self._busy_timeout_s:g} s ({self.url})")
-        self._writing_thread = thread
-        try:
+        with self._queue.turn(self._busy_timeout_s) as is_my_turn:
+            if not is_my_turn:
+                reason = _SQLITE_REASONS["SQLITE_BUSY"]
+                raise StoreError(f"{reason} of {self._busy_timeout_s:g} s ({self.url})")
             with self._transaction("BEGIN IMMEDIATE") as connection:
                 yield connection
-        finally:
-            self._writing_thread = None
-            self._write_lock.release()
 
     def close(self) -> None:
         """Refuse further transactions, and close all connections unless the Engine is the caller's."""
@@ -119,23 +116,30 @@ class Database:
         if self._is_closed:
             raise StoreError(f"the store is closed ({self.url})")
         with self._turn or nullcontext(), self._translated_errors():
-            if self._shared is not None:
+            # A closed one is what an interrupt has left here.
+            if self._shared is not None and not self._shared.closed:
                 yield self._shared
                 return
             self._check_free()
             with self._engine.connect() as connection:
                 driver = self._set_up(connection)
-                with connection.begin():
-                    # Begun by us: sqlite3 by itself would begin late, and without the write lock. What a listener of
-                    # a caller's Engine has begun just now has nothing in it yet.
-                    if driver.in_transaction:
-                        driver.execute("ROLLBACK")
-                    driver.execute(begin)
-                    self._shared = connection if self._turn is not None else None
-                    try:
+                try:
+                    with connection.begin():
+                        # Begun by us: sqlite3 by itself would begin late, and without the write lock. What a listener
+                        # of a caller's Engine has begun just now has nothing in it yet.
+                        if driver.in_transaction:
+                            driver.execute("ROLLBACK")
+                        driver.execute(begin)
+                        self._shared = connection if self._turn is not None else None
                         yield connection
-                    finally:
-                        self._shared = None
+                except BaseException as error:
+                    # A statement that was interrupted lives on in the traceback, and keeps its old view of the
+                    # database: nobody else is to get this connection. One in memory is the database itself.
+                    if not isinstance(error, Exception) and self._turn is None:
+                        connection.invalidate()
+                    raise
+                finally:
+                    self._shared = None
 
     @contextmanager
     def _translated_errors(self) -> Iterator[None]:
@@ -196,6 +200,11 @@ def _roll_back(driver: sqlite3.Connection, record: object, error: BaseException 
     """
     with suppress(sqlite3.Error):
         driver.rollback()
+
+
+def _keep_connection(context: sa.ExceptionContext) -> None:
+    """Let an interrupt not close the only connection of a database in memory, and lose all of it."""
+    context.is_disconnect = False
 
 
 def _create_engine(target: str, busy_timeout_s: float) -> sa.Engine:

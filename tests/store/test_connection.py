@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dis
 import sqlite3
 import sys
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -285,17 +288,28 @@ def test_a_callers_engine_in_autocommit_still_gets_whole_transactions(tmp_path: 
     engine.dispose()
 
 
-def interrupted_at(num_lines: int, body: Callable[[], None]) -> bool:
-    """Raise KeyboardInterrupt before a line of SQLAlchemy's transactions, counted from 1; False if it ends before."""
-    lines_left = num_lines
+_SQLALCHEMY = ("sqlalchemy/engine/base.py", "sqlalchemy/engine/util.py")
+_OURS = ("store/connection.py", "store/write_queue.py")
+
+
+def interrupted_at(number: int, body: Callable[[], None], files: tuple[str, ...]) -> bool:
+    """Raise KeyboardInterrupt after a call or jump in some files, counted from 1; False if the body ends before.
+
+    There CPython looks for signals. Between taking a lock by `with` and the block it does not.
+    """
+    num_left = number
+    last_opcodes: dict[FrameType, str] = {}
 
     def trace(frame: FrameType, event: str, arg: object) -> Any:
-        nonlocal lines_left
-        if not frame.f_code.co_filename.endswith(("sqlalchemy/engine/base.py", "sqlalchemy/engine/util.py")):
+        nonlocal num_left
+        if not frame.f_code.co_filename.endswith(files):
             return None
-        lines_left -= event == "line"
-        if lines_left == 0 and event == "line":
-            raise KeyboardInterrupt
+        frame.f_trace_opcodes = True
+        if event == "opcode":
+            num_left -= last_opcodes.get(frame, "").startswith(("CALL", "JUMP_BACKWARD", "RESUME"))
+            last_opcodes[frame] = dis.opname[frame.f_code.co_code[frame.f_lasti]]
+            if num_left == 0:
+                raise KeyboardInterrupt
         return trace
 
     before = sys.gettrace()
@@ -309,22 +323,38 @@ def interrupted_at(num_lines: int, body: Callable[[], None]) -> bool:
     return False
 
 
-def test_an_interrupt_anywhere_in_a_transaction_comes_out_as_it_is_and_does_no_harm(tmp_path: Path) -> None:
-    with Store(f"sqlite:///{tmp_path}/a.db", busy_timeout_s=0.2) as store:
+def in_another_thread(body: Callable[[], None]) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(body).result()
+
+
+@pytest.mark.parametrize("files", [_SQLALCHEMY, _OURS])
+@pytest.mark.parametrize("url", ["sqlite:///{}/a.db", "sqlite://"])
+def test_an_interrupt_anywhere_in_a_transaction_comes_out_as_it_is_and_does_no_harm(
+    tmp_path: Path, url: str, files: tuple[str, ...]
+) -> None:
+    with Store(url.format(tmp_path), busy_timeout_s=0.2) as store:
         agent = create(store)
 
         def write() -> None:
             with store.write(agent) as tx:
                 tx.add_to_window([tx.add_event("message", text=f"{tx.agent.version}").seq])
 
-        num_lines = 1
-        while interrupted_at(num_lines, write):
-            found = store.find_agent("default", "alice")
-            assert found is not None
-            assert [event.text for event in store.window(agent.id)] == [f"{at}" for at in range(found.version)]
-            agent = found
-            num_lines += 1
-        assert num_lines > 100
+        def look_and_write() -> None:
+            nonlocal agent
+            for _ in range(2):
+                found = store.find_agent("default", "alice")
+                assert found is not None
+                assert [event.text for event in store.window(agent.id)] == [f"{at}" for at in range(found.version)]
+                agent = found
+                write()
+            agent = replace(agent, version=agent.version + 1)
+
+        number = 1
+        while interrupted_at(number, write, files):
+            in_another_thread(look_and_write)
+            number += 1
+        assert number > 20
         assert store.agent_version(agent.id) == agent.version + 1
 
 
