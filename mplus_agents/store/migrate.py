@@ -42,6 +42,7 @@ def upgrade_schema(database: Database) -> None:
     known = {script.revision for script in ScriptDirectory.from_config(config).walk_revisions()}
     _refuse_unknown(revision, known, database.url)
     with _alembic_lock, database.write() as connection:
+        database.lock_schema(connection)
         # Another process may have been first, perhaps a newer one.
         _refuse_unknown(_current_revision(connection), known, database.url)
         config.attributes["connection"] = connection

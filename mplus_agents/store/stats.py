@@ -50,7 +50,8 @@ def read_stats(connection: sa.Connection, agent_id: int) -> StoreStats:
 
 
 def _sum(expression: sa.ColumnElement[int], label: str) -> sa.Label[int]:
-    return sa.func.coalesce(sa.func.sum(expression), 0).label(label)
+    # PostgreSQL's sum of large integers is a decimal number.
+    return sa.cast(sa.func.coalesce(sa.func.sum(expression), 0), sa.BigInteger).label(label)
 
 
 def _sum_bytes(table: sa.Table, blob: sa.ColumnElement[bytes], agent_id: int) -> sa.Select[Any, Any]:

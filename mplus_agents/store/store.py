@@ -13,6 +13,7 @@ from typing import Any
 
 import sqlalchemy as sa
 import torch
+from sqlalchemy.exc import IntegrityError
 
 from mplus_agents.errors import AgentNotFoundError, ConflictError, StoreError
 from mplus_agents.store.blobs import decode_tensor
@@ -66,15 +67,22 @@ class Store:
         target: An SQLAlchemy URL, or an Engine of the caller's, which is never disposed here. The tables are created or
             upgraded if need be. "sqlite://" is a database in memory, gone when the store is closed.
         busy_timeout_s: How long to wait for another writer, in seconds.
+        schema: PostgreSQL's schema for the tables, created if need be; the user's default schema if None.
 
     Raises:
-        InvalidInputError: If the URL or Engine cannot be used.
+        InvalidInputError: If the URL, Engine or schema cannot be used.
         SchemaVersionError: If the database has a newer schema; nothing is changed then.
         StoreError: If the database cannot be opened.
     """
 
-    def __init__(self, target: str | sa.Engine = "sqlite:///mplus.db", *, busy_timeout_s: float = 30.0) -> None:
-        self._database = Database(target, busy_timeout_s=busy_timeout_s)
+    def __init__(
+        self,
+        target: str | sa.Engine = "sqlite:///mplus.db",
+        *,
+        busy_timeout_s: float = 30.0,
+        schema: str | None = None,
+    ) -> None:
+        self._database = Database(target, busy_timeout_s=busy_timeout_s, schema=schema)
         self.url = self._database.url
         try:
             upgrade_schema(self._database)
@@ -132,9 +140,13 @@ class Store:
             "created_at": datetime.now(UTC),
         }
         with self._database.write() as connection:
+            exists = ConflictError(f"agent {name!r} exists already in namespace {namespace!r}")
             if connection.execute(_SELECT_NAMED, {"namespace": values["namespace"], "name": values["name"]}).first():
-                raise ConflictError(f"agent {name!r} exists already in namespace {namespace!r}")
-            agent_id = inserted_id(connection.execute(sa.insert(AGENT), values))
+                raise exists
+            try:
+                agent_id = inserted_id(connection.execute(sa.insert(AGENT), values))
+            except IntegrityError as error:  # where several write at once, another one has created it just now
+                raise exists from error
         texts = {"namespace": namespace, "name": name, "fingerprint": dict(fingerprint), "settings": dict(settings)}
         return AgentRecord(id=agent_id, **{**values, **texts})
 

@@ -37,6 +37,7 @@ _SELECT_AGENT = (
     sa.select(AGENT.c.version, AGENT.c.head_commit_id, AGENT.c.next_event_seq, COMMIT.c.step)
     .join_from(AGENT, COMMIT, COMMIT.c.id == AGENT.c.head_commit_id, isouter=True)
     .where(AGENT.c.id == sa.bindparam("agent_id"))
+    .with_for_update(of=AGENT)  # SQLite, where a write has the whole database, leaves it out
 )
 _IN_WINDOW = sa.and_(
     WINDOW.c.agent_id == sa.bindparam("agent_id"), WINDOW.c.event_seq.in_(sa.bindparam("seqs", expanding=True))

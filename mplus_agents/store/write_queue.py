@@ -20,9 +20,14 @@ _POLL_S = 0.001
 
 
 class WriteQueue:
-    """The threads of a process that write to one database, or wait to."""
+    """The threads of a process that write to one database, or wait to.
 
-    def __init__(self) -> None:
+    Args:
+        is_shared: Whether they need not wait for each other, and only a thread that writes already is known here.
+    """
+
+    def __init__(self, *, is_shared: bool = False) -> None:
+        self._is_shared = is_shared
         self._turns: deque[threading.Lock] = deque()
         self._guard = threading.Lock()
         self._thread = threading.local()
@@ -47,6 +52,9 @@ class WriteQueue:
         turn = threading.Lock()
         with turn:
             self._thread.turn = turn
+            if self._is_shared:
+                yield True
+                return
             with self._guard:
                 self._turns.append(turn)
             while not (is_first := self._is_first(turn)) and time.monotonic() < deadline:

@@ -178,7 +178,7 @@ def test_a_target_that_cannot_be_used_is_refused(target: str, message: str) -> N
 
 
 @pytest.mark.parametrize(
-    "url", ["nosuch://me:secret@host/db", "mysql://me:secret@host/db", "postgresql://me:secret@h/d"]
+    "url", ["nosuch://me:secret@host/db", "mysql://me:secret@host/db", "postgresql+asyncpg://me:secret@h/d"]
 )
 def test_errors_do_not_show_passwords(url: str) -> None:
     with pytest.raises(InvalidInputError, match=r"me:\*\*\*@|//\*\*\*@") as caught:
@@ -289,7 +289,7 @@ def test_a_callers_engine_in_autocommit_still_gets_whole_transactions(tmp_path: 
 
 
 _SQLALCHEMY = ("sqlalchemy/engine/base.py", "sqlalchemy/engine/util.py")
-_OURS = ("store/connection.py", "store/write_queue.py")
+_OURS = ("store/connection.py", "store/sqlite.py", "store/write_queue.py")
 
 
 def interrupted_at(number: int, body: Callable[[], None], files: tuple[str, ...]) -> bool:

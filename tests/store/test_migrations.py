@@ -5,6 +5,7 @@ import sqlite3
 import traceback
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from mplus_agents import store as store_package
 from mplus_agents.errors import SchemaVersionError
 from mplus_agents.store import Store
 from mplus_agents.store.schema import HEAD_REVISION, METADATA, VERSION_TABLE
+from tests.store.conftest import Place
 from tests.store.samples import create, grow
 
 
@@ -107,13 +109,14 @@ def test_odd_characters_in_the_path(tmp_path: Path) -> None:
     assert (folder / "mplus.db").exists()
 
 
-def test_many_processes_may_create_the_database_at_the_same_time(tmp_path: Path) -> None:
-    url = f"sqlite:///{tmp_path}/mplus.db"
+def test_many_processes_may_create_the_database_at_the_same_time(place: Place) -> None:
+    if not place.is_sqlite:
+        place = replace(place, schema="mplus created by many")
     reader, writer = os.pipe()
 
     def open_and_create(index: int) -> None:
         os.read(reader, 1)  # all wait for the starting shot
-        with Store(url) as store:
+        with place.open() as store:
             create(store, f"agent {index}")
 
     children = [_fork(partial(open_and_create, index)) for index in range(6)]
@@ -121,8 +124,11 @@ def test_many_processes_may_create_the_database_at_the_same_time(tmp_path: Path)
     assert [os.waitpid(child, 0)[1] for child in children] == [0] * 6
     os.close(reader)
     os.close(writer)
-    with Store(url) as store:
+    with place.open() as store:
         assert sorted(agent.name for agent in store.list_agents()) == [f"agent {index}" for index in range(6)]
+        if not place.is_sqlite:
+            with store._database.write() as connection:
+                connection.exec_driver_sql('DROP SCHEMA "mplus created by many" CASCADE')
 
 
 def _fork(work: Callable[[], None]) -> int:

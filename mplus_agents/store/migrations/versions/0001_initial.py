@@ -30,6 +30,9 @@ def upgrade() -> None:
             deferrable=True,
             initially="DEFERRED",
         )
+    if op.get_bind().dialect.name == "postgresql":  # it would try to compress what cannot be compressed
+        for table, column in (("page", "blob"), ("injection", "retrieval_keys"), ("head_hidden", "blob")):
+            op.execute(f"ALTER TABLE mplus_{table} ALTER COLUMN {column} SET STORAGE EXTERNAL")
 
 
 def downgrade() -> None:
