@@ -23,17 +23,40 @@ from mplus_agents.errors import (
 )
 
 if TYPE_CHECKING:
-    from mplus_agents.engine import Agent, AgentStats, Document, Generation, Message, MPlus, Receipt, TokenInfo
+    from mplus_agents.engine import (
+        Agent,
+        AgentStats,
+        Document,
+        Generation,
+        MemoryDiff,
+        MemoryView,
+        Message,
+        MPlus,
+        Receipt,
+        TokenInfo,
+    )
     from mplus_agents.model import MPlusModel
-    from mplus_agents.store import Store
+    from mplus_agents.store import CommitInfo, Store
 
 __version__ = "0.1.0"
 
 _LAZY = {
     **dict.fromkeys(
-        ("Agent", "AgentStats", "Document", "Generation", "MPlus", "Message", "Receipt", "TokenInfo"),
+        (
+            "Agent",
+            "AgentStats",
+            "Document",
+            "Generation",
+            "MPlus",
+            "MemoryDiff",
+            "MemoryView",
+            "Message",
+            "Receipt",
+            "TokenInfo",
+        ),
         "mplus_agents.engine",
     ),
+    "CommitInfo": "mplus_agents.store",
     "MPlusModel": "mplus_agents.model",
     "Store": "mplus_agents.store",
 }
@@ -43,6 +66,7 @@ __all__ = [
     "AgentNotFoundError",
     "AgentStats",
     "CheckpointError",
+    "CommitInfo",
     "ConfigError",
     "ConflictError",
     "CorruptBlobError",
@@ -53,6 +77,8 @@ __all__ = [
     "MPlus",
     "MPlusError",
     "MPlusModel",
+    "MemoryDiff",
+    "MemoryView",
     "Message",
     "PromptTooLongError",
     "Receipt",

@@ -15,13 +15,14 @@ from mplus_agents.cli.ask import ask
 from mplus_agents.cli.chat import chat
 from mplus_agents.cli.delete import delete
 from mplus_agents.cli.evaluate import evaluate
+from mplus_agents.cli.history import fork, log, tag
 from mplus_agents.cli.output import print_error
 from mplus_agents.cli.read import read
 from mplus_agents.cli.stats import stats
 from mplus_agents.cli.train import train
 from mplus_agents.errors import MPlusError
 
-_COMMANDS = (chat, read, ask, agents, stats, delete, train)
+_COMMANDS = (chat, read, ask, agents, stats, log, tag, fork, delete, train)
 
 
 class _OneLineErrors(TyperGroup):

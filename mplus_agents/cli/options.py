@@ -32,6 +32,7 @@ StoreOption = Annotated[
     str,
     typer.Option("--store", "-s", envvar="MPLUS_STORE", metavar="URL", help="The database, as an SQLAlchemy URL."),
 ]
+JsonLinesOption = Annotated[bool, typer.Option("--json", help="Print one object per line.")]
 DeviceOption = Annotated[
     str | None,
     typer.Option(metavar="DEVICE", help="cpu, cuda, cuda:1 …; the first GPU if there is one, else the CPU."),

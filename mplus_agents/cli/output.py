@@ -22,6 +22,7 @@ _OPTIONS = {
     "name": "--agent",
     "namespace": "--namespace",
     "device": "--device",
+    "commit": "COMMIT",
     "target": "--store",
     "max_new_tokens": "--max-new-tokens",
     "source_id": "--source-id",

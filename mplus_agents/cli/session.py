@@ -14,7 +14,7 @@ from mplus_agents.errors import AgentNotFoundError, StoreError
 
 if TYPE_CHECKING:
     from mplus_agents.engine import Agent, MPlus
-    from mplus_agents.store import Store
+    from mplus_agents.store import AgentRecord, Store
 
 _TINY_MODEL = "mplus-tiny"
 _SMALL_MODEL_PARAMETERS = 50_000_000
@@ -86,6 +86,33 @@ def _keep_to_one_thread(mplus: MPlus) -> None:
     is_small = sum(parameter.numel() for parameter in mplus.model.parameters()) < _SMALL_MODEL_PARAMETERS
     if is_small and mplus.model.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
+
+
+def as_commit(given: str) -> int | str:
+    """Take what names a commit: digits are its id, anything else is a tag.
+
+    Args:
+        given: What was given.
+    """
+    return int(given) if given.isdecimal() and given.isascii() else given
+
+
+def find_agent(store: Store, namespace: str, name: str) -> AgentRecord:
+    """Look an agent up without a model.
+
+    Args:
+        store: The store.
+        namespace: Its namespace.
+        name: Its name.
+
+    Raises:
+        AgentNotFoundError: There is no such agent.
+        InvalidInputError: A name is not allowed.
+    """
+    record = store.find_agent(namespace, name)
+    if record is None:
+        raise AgentNotFoundError(f"there is no agent {name!r} in namespace {namespace!r} of {store.url}")
+    return record
 
 
 @contextmanager

@@ -1,29 +1,29 @@
-"""One agent: a name, a memory that outlives the process, and the calls that write to it and read from it."""
+"""One agent: a name, a memory that outlives the process, and the calls that write to it; `reader.py` has the others."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from mplus_agents.config import LongTermUse
-from mplus_agents.engine.answering import Answering, answer_all
-from mplus_agents.engine.inputs import check_number, parse_conversation, parse_memories, parse_message
-from mplus_agents.engine.inspection import agent_stats, layer_tokens
+from mplus_agents.engine.answering import Answering
+from mplus_agents.engine.inputs import check_name, parse_memories, parse_message
 from mplus_agents.engine.progress import ProgressBar
-from mplus_agents.engine.prompts import Prompt, chat_prompt, question_prompt
-from mplus_agents.engine.records import AgentStats, Document, Generation, Message, Receipt, TokenInfo
-from mplus_agents.engine.resident import Resident
+from mplus_agents.engine.prompts import chat_prompt
+from mplus_agents.engine.reader import MemoryReader
+from mplus_agents.engine.records import Document, MemoryDiff, Message, Receipt
+from mplus_agents.engine.resident import Resident, open_past
 from mplus_agents.engine.state import AgentState
-from mplus_agents.engine.text import check_text
+from mplus_agents.engine.view import MemoryView
 from mplus_agents.engine.writer import Writer
+from mplus_agents.errors import AgentNotFoundError, InvalidInputError
+from mplus_agents.store import AgentRecord, CommitInfo
 
 if TYPE_CHECKING:
     from mplus_agents.engine.mplus import MPlus
 
 
-class Agent:
+class Agent(MemoryReader):
     """An agent's memory and voice; made by `MPlus.agent`, safe to use from many threads.
 
     Args:
@@ -34,9 +34,7 @@ class Agent:
     """
 
     def __init__(self, mplus: MPlus, namespace: str, name: str, agent_id: int) -> None:
-        self._mplus = mplus
-        self.namespace = namespace
-        self.name = name
+        super().__init__(mplus, namespace, name)
         self._agent_id = agent_id
         self._state = AgentState(mplus.model, mplus.codec, mplus.store, namespace, name, agent_id)
 
@@ -50,11 +48,6 @@ class Agent:
             agent_id: The row.
         """
         return self._agent_id == agent_id
-
-    @property
-    def mplus(self) -> MPlus:
-        """The engine this agent lives in."""
-        return self._mplus
 
     def remember(self, memories: object, *, source_id: str | None = None, progress: bool | None = None) -> Receipt:
         """Take turns or documents into the memory.
@@ -107,53 +100,6 @@ class Agent:
             writer.commit()
             return writer.receipt()
 
-    def ask(self, question: str, *, max_new_tokens: int | None = None, **options: Any) -> str:
-        """Answer one question from memory; nothing is written.
-
-        Args:
-            question: The question.
-            max_new_tokens: Most tokens of the answer; as many as fit, at most 128, if None.
-            **options: Fields of `GenerationOptions` (`do_sample`, `temperature`, `long_term`, …), and `stop`, a list of
-                strings.
-
-        Returns:
-            The answer.
-
-        Raises:
-            InvalidInputError: The question or an option's value is not allowed.
-            ConfigError: An option is unknown.
-            PromptTooLongError: Question, window and answer do not fit the generation window.
-        """
-        question = check_text("question", question)
-        with self._state.open() as resident:
-            prompt = question_prompt(self._mplus.codec, resident.window_text, question)
-            answering = self._begin(resident, prompt, max_new_tokens, options)
-        return answering.finish().text
-
-    def ask_all(
-        self, questions: Sequence[str], *, max_new_tokens: int | None = None, batch_size: int = 16, **options: Any
-    ) -> list[str]:
-        """Answer many questions, each for itself, those of equal length together; without sampling as `ask` does.
-
-        Args:
-            questions: The questions.
-            max_new_tokens: Most tokens of an answer; as many as fit, at most 128, if None.
-            batch_size: Most questions that are read together; each takes room for the whole θ.
-            **options: As for `ask`.
-
-        Returns:
-            The answers.
-
-        Raises:
-            InvalidInputError: A question or an option's value is not allowed.
-            ConfigError: An option is unknown.
-            PromptTooLongError: A question, window and answer do not fit the generation window.
-        """
-        checked = [check_text(f"questions[{place}]", question) for place, question in enumerate(questions)]
-        with self._state.open() as resident:
-            prompts = [question_prompt(self._mplus.codec, resident.window_text, question) for question in checked]
-            return [item.text for item in self._answer_all(resident, prompts, max_new_tokens, options, batch_size)]
-
     def chat(self, message: str | Message, *, max_new_tokens: int | None = None, **options: Any) -> str:
         """Answer a turn of a conversation, then remember the turn and the answer.
 
@@ -195,104 +141,6 @@ class Agent:
             answering = self._begin(resident, prompt, max_new_tokens, options)
         return self._stream_and_remember(turn, answering)
 
-    def generate(self, messages: Sequence[Message], *, max_new_tokens: int | None = None, **options: Any) -> Generation:
-        """Answer a conversation that the caller holds; the window is not shown and nothing is written.
-
-        This is what a framework's language model calls: its memory object supplies the window and writes.
-
-        Args:
-            messages: The turns; the last one is answered.
-            max_new_tokens: Most tokens of the answer; as many as fit, at most 128, if None.
-            **options: As for `ask`.
-
-        Returns:
-            The answer with its token counts.
-
-        Raises:
-            InvalidInputError: A message or an option's value is not allowed.
-            ConfigError: An option is unknown.
-            PromptTooLongError: The turns and the answer do not fit the generation window.
-        """
-        return self.begin_generation(messages, max_new_tokens=max_new_tokens, **options).finish()
-
-    def generate_all(
-        self,
-        conversations: Sequence[Sequence[Message]],
-        *,
-        max_new_tokens: int | None = None,
-        batch_size: int = 16,
-        **options: Any,
-    ) -> list[Generation]:
-        """Do `generate` for many conversations, those of equal length together.
-
-        Args:
-            conversations: The turns of each; the last one is answered.
-            max_new_tokens: Most tokens of an answer; as many as fit, at most 128, if None.
-            batch_size: Most conversations that are read together; each takes room for the whole θ.
-            **options: As for `ask`.
-
-        Returns:
-            The answers with their token counts.
-
-        Raises:
-            InvalidInputError: A message or an option's value is not allowed.
-            ConfigError: An option is unknown.
-            PromptTooLongError: The turns and the answer do not fit the generation window.
-        """
-        prompts = [chat_prompt(self._mplus.codec, parse_conversation(messages)) for messages in conversations]
-        with self._state.open() as resident:
-            return self._answer_all(resident, prompts, max_new_tokens, options, batch_size)
-
-    def begin_generation(
-        self, messages: Sequence[Message], *, max_new_tokens: int | None = None, **options: Any
-    ) -> Answering:
-        """Do `generate` piece by piece.
-
-        Args:
-            messages: The turns; the last one is answered.
-            max_new_tokens: Most tokens of the answer; as many as fit, at most 128, if None.
-            **options: As for `ask`.
-
-        Returns:
-            An iterator over pieces of the answer, which knows the token counts at the end.
-
-        Raises:
-            InvalidInputError: A message or an option's value is not allowed.
-            ConfigError: An option is unknown.
-            PromptTooLongError: The turns and the answer do not fit the generation window.
-        """
-        turns = parse_conversation(messages)
-        with self._state.open() as resident:
-            prompt = chat_prompt(self._mplus.codec, turns)
-            return self._begin(resident, prompt, max_new_tokens, options)
-
-    def logits(self, text: str, *, long_term: LongTermUse = "retrieved", seed: int = 0) -> torch.Tensor:
-        """Return the logits of a text read with this memory, [n, vocab]; for comparing memories.
-
-        Args:
-            text: The text.
-            long_term: How Θ is read: the tokens `retrieved` by the text, as many at `random`, or none (`off`).
-            seed: Seed of a read at random.
-
-        Raises:
-            InvalidInputError: The text is not allowed, or there is no such way to read Θ.
-        """
-        ids = torch.tensor([self._mplus.codec.encode(check_text("text", text))], device=self._mplus.model.device)
-        with self._state.open() as resident, torch.no_grad():
-            return self._mplus.model.read(ids, resident.memory, long_term=long_term, seed=seed).logits[0]
-
-    @property
-    def window(self) -> list[Message]:
-        """The turns that wait verbatim, oldest first; pieces of documents come as system turns."""
-        with self._state.open() as resident:
-            return [Message(cast(Any, item.role or "system"), item.content) for item in resident.window]
-
-    @property
-    def window_text(self) -> str:
-        """The window as a prompt shows it; empty if nothing waits."""
-        with self._state.open() as resident:
-            return resident.window_text
-
     def clear_window(self) -> int:
         """Forget what waits in the window without injecting it; a document whose end waits there is not read again.
 
@@ -311,36 +159,120 @@ class Agent:
                 resident.record, resident.window = tx.agent, []
             return len(seqs)
 
-    def stats(self) -> AgentStats:
-        """Return the memory in numbers.
-
-        Raises:
-            StoreError: The database failed.
-        """
-        with self._state.open() as resident:
-            return agent_stats(resident, self._mplus.store.stats(self._agent_id))
-
-    def tokens(self, layer: int | None = None) -> list[TokenInfo]:
-        """List every token of θ and Θ: where it is, which injection made it, and how old it is.
+    def history(self, *, limit: int | None = None) -> list[CommitInfo]:
+        """List the commits that made this memory, newest first; each is one injection. The memory is not opened.
 
         Args:
-            layer: Only this layer; all if None.
-
-        Returns:
-            Per layer θ in its order, then Θ in the order of entry, staged tokens last.
+            limit: At most so many; all if None.
 
         Raises:
-            InvalidInputError: There is no such layer.
+            InvalidInputError: The limit is negative.
+            AgentNotFoundError: The agent was deleted.
+            StoreError: The database failed.
         """
-        num_layers = self._mplus.model.config.memory.num_layers
-        if layer is not None:
-            check_number("layer", layer, num_layers)
-        layers = range(num_layers) if layer is None else [layer]
-        with self._state.open() as resident:
-            return [info for number in layers for info in layer_tokens(resident, number)]
+        return self._mplus.store.history.log(self._record(), limit=limit)
+
+    def at(self, commit: int | str) -> MemoryView:
+        """Open the memory as it was right after a commit; it can be read, and not written.
+
+        Args:
+            commit: Id of a commit in `history()`, or a tag.
+
+        Raises:
+            InvalidInputError: There is no such commit in the agent's past, and no such tag.
+            CorruptBlobError: What is stored is damaged.
+            StoreError: The database failed.
+        """
+        mplus, record = self._mplus, self._record()
+        commit_id = mplus.store.history.resolve(record, commit)
+        return MemoryView(mplus, open_past(mplus.model, mplus.store, record, commit_id), commit_id)
+
+    def tag(self, name: str, commit: int | str | None = None) -> None:
+        """Give a commit a name; a tag that has the name already is moved.
+
+        Args:
+            name: 1 to 200 printable characters without `/`.
+            commit: Id of a commit in `history()`, or another tag; the newest commit if None.
+
+        Raises:
+            InvalidInputError: The name is not allowed, there is no such commit, or nothing was injected yet.
+            StoreError: The database failed.
+        """
+        history, record = self._mplus.store.history, self._record()
+        if commit is None and record.head_commit_id is None:
+            raise InvalidInputError("commit", commit, "a commit; the agent has none before its first injection")
+        commit_id = record.head_commit_id if commit is None else history.resolve(record, commit)
+        assert commit_id is not None
+        history.set_tag(record, check_name("name", name), commit_id)
+
+    def untag(self, name: str) -> None:
+        """Take a tag away.
+
+        Args:
+            name: The tag.
+
+        Raises:
+            InvalidInputError: There is no such tag.
+            StoreError: The database failed.
+        """
+        self._mplus.store.history.remove_tag(self._record(), name)
+
+    @property
+    def tags(self) -> dict[str, int]:
+        """The tags, and the commit that each names."""
+        return self._mplus.store.history.tags(self._agent_id)
+
+    def fork(self, name: str, *, namespace: str | None = None) -> Agent:
+        """Create an agent that begins with this memory, window and documents; nothing of the memory is copied.
+
+        What is written to one later is never seen by the other. Both draw alike, so equal texts give equal memories.
+        Tags stay with this agent.
+
+        Args:
+            name: The new agent's name.
+            namespace: Where the name is unique; this agent's namespace if None.
+
+        Returns:
+            The new agent.
+
+        Raises:
+            InvalidInputError: A name is not allowed.
+            ConflictError: There is an agent of that name, or this one was just written to.
+            StoreError: The database failed.
+        """
+        namespace = self.namespace if namespace is None else check_name("namespace", namespace)
+        self._mplus.store.history.fork(self._record(), namespace, check_name("name", name))
+        return self._mplus.agent(name, namespace=namespace, create=False)
+
+    def diff(self, other: Agent | int | str) -> MemoryDiff:
+        """Compare two memories by what was injected: what both have, and what only one of them has.
+
+        Args:
+            other: An agent of the same store, or a commit of this agent's past by its id or tag.
+
+        Raises:
+            InvalidInputError: The agent is of another store, or there is no such commit.
+            StoreError: The database failed.
+        """
+        history, record = self._mplus.store.history, self._record()
+        here = history.log(record)
+        if not isinstance(other, Agent):
+            there = history.log(record, history.resolve(record, other))
+        elif other.mplus.store is self._mplus.store:
+            there = history.log(other._record())
+        else:
+            raise InvalidInputError("other", other, f"an agent of {self._mplus.store.url}, in the same `Store`")
+        shared = {item.commit_id for item in here} & {item.commit_id for item in there}
+        return MemoryDiff(
+            common=next((item for item in here if item.commit_id in shared), None),
+            only_here=tuple(item for item in here if item.commit_id not in shared),
+            only_there=tuple(item for item in there if item.commit_id not in shared),
+        )
 
     def delete(self) -> None:
-        """Delete the agent with its memory, window, documents and log; it cannot be used afterwards.
+        """Delete the agent with its memory, window, documents, tags and log; it cannot be used afterwards.
+
+        Forks keep the memory that they share with it; where it came from can no longer be looked up.
 
         Raises:
             AgentNotFoundError: It was deleted already.
@@ -350,25 +282,19 @@ class Agent:
             self._mplus.store.delete_agent(self._agent_id)
             self._mplus.forget(self)
 
+    def _open(self) -> AbstractContextManager[Resident]:
+        return self._state.open()
+
+    def _record(self) -> AgentRecord:
+        """Read the agent as the store has it, without its memory."""
+        record = self._mplus.store.find_agent(self.namespace, self.name)
+        if record is None or record.id != self._agent_id:
+            raise AgentNotFoundError(f"agent {self.name!r} was deleted")
+        return record
+
     def _writer(self, resident: Resident, bar: ProgressBar | None = None) -> Writer:
         advance = bar.advance if bar is not None else None
         return Writer(self._mplus.model, self._mplus.codec, self._mplus.store, resident, advance)
-
-    def _begin(
-        self, resident: Resident, prompt: Prompt, max_new_tokens: int | None, options: dict[str, Any]
-    ) -> Answering:
-        return Answering.begin(self._mplus.model, self._mplus.codec, resident.memory, prompt, max_new_tokens, options)
-
-    def _answer_all(
-        self,
-        resident: Resident,
-        prompts: Sequence[Prompt],
-        max_new_tokens: int | None,
-        options: dict[str, Any],
-        batch_size: int,
-    ) -> list[Generation]:
-        model, codec = self._mplus.model, self._mplus.codec
-        return answer_all(model, codec, resident.memory, prompts, max_new_tokens, options, batch_size)
 
     def _stream_and_remember(self, turn: Message, answering: Answering) -> Iterator[str]:
         pieces = []

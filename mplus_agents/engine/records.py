@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from mplus_agents.store import CommitInfo
+
 Role = Literal["system", "user", "assistant", "tool"]
 ROLES: tuple[str, ...] = ("system", "user", "assistant", "tool")
 
@@ -140,3 +142,18 @@ class AgentStats:
     num_events: int
     stored_bytes: Mapping[str, int]
     resident_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryDiff:
+    """Two memories compared by what was injected.
+
+    Attributes:
+        common: The newest commit that both have; None if they share nothing.
+        only_here: Commits that only the first one has, newest first.
+        only_there: Commits that only the second one has, newest first.
+    """
+
+    common: CommitInfo | None
+    only_here: tuple[CommitInfo, ...]
+    only_there: tuple[CommitInfo, ...]

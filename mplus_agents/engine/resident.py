@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import numpy as np
@@ -104,12 +104,32 @@ def open_resident(model: MPlusModel, codec: TextCodec, store: Store, record: Age
         StoreError: The database fails.
     """
     memory = model.initial_memory(record.seed)
-    store.check_log(record.id)
+    store.check_log(record.id, record.head_commit_id)
     chain = store.chain(record.head_commit_id)
     index = replay(model, chain)
     memory.restore(index, store.head_hidden(record), _fetch(store, chain, index))
     window = [_waiting(codec, event) for event in store.window(record.id)]
     return Resident(record, memory, window, dict(chain.injection_ids))
+
+
+def open_past(model: MPlusModel, store: Store, record: AgentRecord, commit_id: int) -> Resident:
+    """Rebuild an agent's memory as it was right after a commit, to be read only.
+
+    Args:
+        model: The model whose fingerprint the agent has.
+        store: The store.
+        record: The agent.
+        commit_id: A commit of its past.
+
+    Raises:
+        CorruptBlobError: A stored blob does not match its checksum.
+        StoreError: The database fails.
+    """
+    memory = model.initial_memory(record.seed)
+    chain = store.chain(commit_id)
+    index = replay(model, chain)
+    memory.restore(index, None, _fetch(store, chain, index))
+    return Resident(replace(record, head_commit_id=commit_id), memory, [], dict(chain.injection_ids))
 
 
 def replay(model: MPlusModel, chain: Chain) -> MemoryIndex:

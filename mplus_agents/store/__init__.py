@@ -8,6 +8,7 @@ from __future__ import annotations
 from mplus_agents.store.records import (
     AgentRecord,
     Chain,
+    CommitInfo,
     CommitRecord,
     CommitResult,
     EventRecord,
@@ -26,6 +27,7 @@ __all__ = [
     "PAGE_TOKENS",
     "AgentRecord",
     "Chain",
+    "CommitInfo",
     "CommitRecord",
     "CommitResult",
     "EventRecord",

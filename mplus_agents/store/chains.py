@@ -221,18 +221,18 @@ def _check_found(asked: Iterable[int], found: dict[int, Any]) -> None:
         raise StoreError(f"there is no injection {missing[0]} in the database ({len(missing)} asked for are missing)")
 
 
-def check_commits(connection: sa.Connection, agent_id: int) -> None:
-    """Decode what every commit of an agent says, snapshots too.
+def check_commits(connection: sa.Connection, commit_id: int | None) -> None:
+    """Decode what every commit of a chain says, snapshots too.
 
     Args:
         connection: An open connection.
-        agent_id: The agent.
+        commit_id: The last commit; None for no commits.
 
     Raises:
         CorruptBlobError: If a blob is altered.
     """
-    query = sa.select(COMMIT).where(COMMIT.c.agent_id == agent_id)
-    for row in connection.execution_options(yield_per=100).execute(query):
+    query = sa.select(COMMIT).join(chain_ids, COMMIT.c.id == chain_ids.c.id)
+    for row in connection.execution_options(yield_per=100).execute(query, {"commit_id": commit_id}):
         what = f"mplus_commit(id {row.id}, step {row.step})"
         decode_tensor(row.dropped, f"{what}.dropped")
         decode_tensor(row.evicted, f"{what}.evicted")

@@ -12,6 +12,7 @@ import torch
 __all__ = [
     "AgentRecord",
     "Chain",
+    "CommitInfo",
     "CommitRecord",
     "CommitResult",
     "EventRecord",
@@ -190,6 +191,35 @@ class CommitRecord:
     dropped: torch.Tensor
     evicted: torch.Tensor
     created_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class CommitInfo:
+    """One commit as a log shows it.
+
+    Args:
+        commit_id: The commit.
+        parent_id: The commit before; None for the first.
+        agent_id: The agent that made it; another one before a fork.
+        step: Number of its injection in the chain, from 0.
+        injection_id: Its injection.
+        created_at: When it was stored, UTC.
+        num_text_tokens: Length of the injected text, in tokens.
+        source_ids: The documents that pieces of it come from.
+        text: The beginning of the injected text, in one line; empty if the agent that made it was deleted.
+        tags: Names that the agent gave it.
+    """
+
+    commit_id: int
+    parent_id: int | None
+    agent_id: int
+    step: int
+    injection_id: int
+    created_at: datetime
+    num_text_tokens: int
+    source_ids: tuple[str, ...]
+    text: str
+    tags: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -20,6 +20,7 @@ __all__ = [
     "PAGE",
     "PAGE_TOKENS",
     "SOURCE",
+    "TAG",
     "VERSION_TABLE",
     "WINDOW",
     "UtcDateTime",
@@ -31,7 +32,7 @@ PAGE_TOKENS = 32
 VERSION_TABLE = "mplus_alembic_version"
 """Alembic's table; its own name, since a host application may have an `alembic_version` in the same database."""
 
-HEAD_REVISION = "0001"
+HEAD_REVISION = "0002"
 """The newest migration. Opening a database that is there already needs no Alembic."""
 
 
@@ -202,4 +203,19 @@ HEAD_HIDDEN = sa.Table(
     _agent_fk(primary_key=True),
     sa.Column("commit_id", _ID, sa.ForeignKey("mplus_commit.id", ondelete="CASCADE"), nullable=False, index=True),
     sa.Column("blob", sa.LargeBinary, nullable=False),
+)
+
+TAG = sa.Table(
+    "mplus_tag",
+    METADATA,
+    _agent_fk(primary_key=True),
+    sa.Column("name", sa.LargeBinary, primary_key=True),
+    sa.Column(
+        "commit_id",
+        _ID,
+        sa.ForeignKey("mplus_commit.id", deferrable=True, initially="DEFERRED"),
+        nullable=False,
+        index=True,
+    ),
+    _created_at(),
 )

@@ -14,12 +14,13 @@ from mplus_agents.store.schema import AGENT, COMMIT, EVENT, HEAD_HIDDEN, INJECTI
 __all__ = ["read_stats"]
 
 
-def read_stats(connection: sa.Connection, agent_id: int) -> StoreStats:
+def read_stats(connection: sa.Connection, agent_id: int, commit_id: int | None = None) -> StoreStats:
     """Measure an agent's memory along its chain, and its log.
 
     Args:
         connection: A connection in a transaction.
         agent_id: The agent.
+        commit_id: Where the chain ends; at the agent's head if None.
 
     Returns:
         Bytes by kind, and counts.
@@ -30,7 +31,7 @@ def read_stats(connection: sa.Connection, agent_id: int) -> StoreStats:
     agent = connection.execute(sa.select(AGENT.c.head_commit_id).where(AGENT.c.id == agent_id)).first()
     if agent is None:
         raise AgentNotFoundError(f"there is no agent with id {agent_id}")
-    head = {"commit_id": agent.head_commit_id}
+    head = {"commit_id": agent.head_commit_id if commit_id is None else commit_id}
     commits = connection.execute(_SUM_COMMITS, head).one()
     injections = connection.execute(_SUM_INJECTIONS, head).one()
     events = connection.execute(_sum_bytes(EVENT, EVENT.c.text, agent_id)).one()

@@ -15,10 +15,12 @@ import sqlalchemy as sa
 import torch
 from sqlalchemy.exc import IntegrityError
 
-from mplus_agents.errors import AgentNotFoundError, ConflictError, StoreError
+from mplus_agents.errors import ConflictError, StoreError
 from mplus_agents.store.blobs import decode_tensor
 from mplus_agents.store.chains import check_commits, injection_batches, read_chain, read_infos, read_injections
 from mplus_agents.store.connection import Database
+from mplus_agents.store.deletion import NAMELESS, delete_agent
+from mplus_agents.store.history import SELECT_WINDOW, History
 from mplus_agents.store.migrate import upgrade_schema
 from mplus_agents.store.records import (
     AgentRecord,
@@ -40,19 +42,15 @@ from mplus_agents.store.rows import (
     to_key,
     to_source,
 )
-from mplus_agents.store.schema import AGENT, EVENT, HEAD_HIDDEN, SOURCE, WINDOW
+from mplus_agents.store.schema import AGENT, EVENT, HEAD_HIDDEN, SOURCE
 from mplus_agents.store.stats import read_stats
 from mplus_agents.store.transaction import WriteTransaction
 
 _SELECT_NAMED = sa.select(AGENT).where(
     AGENT.c.namespace == sa.bindparam("namespace"), AGENT.c.name == sa.bindparam("name")
 )
-_SELECT_VERSION = sa.select(AGENT.c.version).where(AGENT.c.id == sa.bindparam("agent_id"))
-_SELECT_WINDOW = (
-    sa.select(EVENT)
-    .join(WINDOW, sa.and_(WINDOW.c.agent_id == EVENT.c.agent_id, WINDOW.c.event_seq == EVENT.c.seq))
-    .where(WINDOW.c.agent_id == sa.bindparam("agent_id"))
-    .order_by(EVENT.c.seq)
+_SELECT_VERSION = sa.select(AGENT.c.version).where(
+    AGENT.c.id == sa.bindparam("agent_id"), AGENT.c.namespace != NAMELESS
 )
 _EVENTS_PER_CHECK = 1_000
 _SELECT_SOURCE = sa.select(SOURCE).where(
@@ -84,6 +82,7 @@ class Store:
     ) -> None:
         self._database = Database(target, busy_timeout_s=busy_timeout_s, schema=schema)
         self.url = self._database.url
+        self.history = History(self._database)
         try:
             upgrade_schema(self._database)
         except StoreError:
@@ -198,25 +197,24 @@ class Store:
             InvalidInputError: If the namespace is not allowed.
             StoreError: If the database fails.
         """
-        query = sa.select(AGENT).order_by(AGENT.c.id)
+        query = sa.select(AGENT).where(AGENT.c.namespace != NAMELESS).order_by(AGENT.c.id)
         if namespace is not None:
             query = query.where(AGENT.c.namespace == to_key("namespace", namespace))
         with self._database.read() as connection:
             return [to_agent(row) for row in connection.execute(query)]
 
     def delete_agent(self, agent_id: int) -> None:
-        """Delete an agent with its log, window, documents and memory.
+        """Delete an agent with its log, window, documents, tags and memory; forks keep what they share with it.
 
         Args:
             agent_id: The agent.
 
         Raises:
             AgentNotFoundError: If there is none.
-            StoreError: If the database fails, or another agent's chain still needs this one's commits.
+            StoreError: If the database fails.
         """
         with self._database.write() as connection:
-            if connection.execute(sa.delete(AGENT).where(AGENT.c.id == agent_id)).rowcount == 0:
-                raise AgentNotFoundError(f"there is no agent with id {agent_id}")
+            delete_agent(connection, agent_id)
 
     @contextmanager
     def write(self, agent: AgentRecord) -> Iterator[WriteTransaction]:
@@ -257,7 +255,7 @@ class Store:
             StoreError: If the database fails.
         """
         with self._database.read() as connection:
-            return [to_event(row) for row in connection.execute(_SELECT_WINDOW, {"agent_id": agent_id})]
+            return [to_event(row) for row in connection.execute(SELECT_WINDOW, {"agent_id": agent_id})]
 
     def events(self, agent_id: int, *, after: int = -1, limit: int | None = None) -> list[EventRecord]:
         """Read an agent's log.
@@ -281,11 +279,12 @@ class Store:
         with self._database.read() as connection:
             return [to_event(row) for row in connection.execute(query)]
 
-    def check_log(self, agent_id: int) -> None:
-        """Compare every text of an agent's log, and all that its commits say, with their checksums.
+    def check_log(self, agent_id: int, head_commit_id: int | None) -> None:
+        """Compare every text of an agent's log, and all that the commits of a chain say, with their checksums.
 
         Args:
             agent_id: The agent.
+            head_commit_id: The last commit of the chain; None if there is none.
 
         Raises:
             CorruptBlobError: If one is altered; the message names it.
@@ -295,7 +294,7 @@ class Store:
         while events := self.events(agent_id, after=after, limit=_EVENTS_PER_CHECK):
             after = events[-1].seq
         with self._database.read() as connection:
-            check_commits(connection, agent_id)
+            check_commits(connection, head_commit_id)
 
     def source(self, agent_id: int, source_id: str) -> SourceRecord | None:
         """Read how far a document has been taken.
@@ -394,18 +393,19 @@ class Store:
             )
         return decode_tensor(row.blob, f"mplus_head_hidden(agent {agent.id}, commit {row.commit_id}).blob")
 
-    def stats(self, agent_id: int) -> StoreStats:
+    def stats(self, agent_id: int, commit_id: int | None = None) -> StoreStats:
         """Measure what an agent's memory takes up.
 
         Args:
             agent_id: The agent.
+            commit_id: Where its chain ends; at the agent's head if None.
 
         Returns:
-            Bytes by kind and counts, along the agent's chain.
+            Bytes by kind and counts, along the chain.
 
         Raises:
             AgentNotFoundError: If there is none.
             StoreError: If the database fails.
         """
         with self._database.read() as connection:
-            return read_stats(connection, agent_id)
+            return read_stats(connection, agent_id, commit_id)

@@ -15,6 +15,7 @@ import torch
 
 from mplus_agents.errors import AgentNotFoundError, ConflictError, InvalidInputError, StoreError
 from mplus_agents.store.blobs import check_dtype, encode_arrays, encode_tensor, encode_text, to_utf8
+from mplus_agents.store.deletion import NAMELESS
 from mplus_agents.store.records import AgentRecord, CommitResult, EventRecord, InjectionTensors
 from mplus_agents.store.rows import MAX_IDS_PER_QUERY, batched, check_int, inserted_id, to_key
 from mplus_agents.store.schema import (
@@ -36,7 +37,7 @@ _KINDS = ("message", "piece", "flush")
 _SELECT_AGENT = (
     sa.select(AGENT.c.version, AGENT.c.head_commit_id, AGENT.c.next_event_seq, COMMIT.c.step)
     .join_from(AGENT, COMMIT, COMMIT.c.id == AGENT.c.head_commit_id, isouter=True)
-    .where(AGENT.c.id == sa.bindparam("agent_id"))
+    .where(AGENT.c.id == sa.bindparam("agent_id"), AGENT.c.namespace != NAMELESS)
     .with_for_update(of=AGENT)  # SQLite, where a write has the whole database, leaves it out
 )
 _IN_WINDOW = sa.and_(

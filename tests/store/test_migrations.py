@@ -47,7 +47,7 @@ def test_migrations_make_the_same_sql_as_the_metadata(tmp_path: Path) -> None:
         migrated = {name: _normalised(sql) for name, sql in database.execute(query)}
     del migrated[VERSION_TABLE], fresh[VERSION_TABLE]
     assert migrated == fresh
-    assert len(migrated) == 8 + 6  # tables and indexes
+    assert len(migrated) == 9 + 7  # tables and indexes
 
 
 def _normalised(sql: str) -> list[str]:
@@ -74,6 +74,22 @@ def test_a_newer_schema_is_refused_and_nothing_changes(tmp_path: Path) -> None:
         Store(f"sqlite:///{path}")
     assert _dump(path) == before
     assert path.read_bytes() == bytes_before
+
+
+def test_a_database_of_the_first_schema_is_upgraded_with_all_that_is_in_it(place: Place) -> None:
+    with place.open() as store:
+        agent = grow(store, create(store), range(3))
+        with store._database.write() as connection:  # all that the first schema did not have
+            connection.exec_driver_sql("DROP TABLE mplus_tag")
+            connection.exec_driver_sql(f"UPDATE {VERSION_TABLE} SET version_num = '0001'")
+    with place.open() as store:
+        assert store.find_agent("default", "alice") == agent
+        assert store.chain(agent.head_commit_id).num_commits == 3
+        store.history.set_tag(agent, "early", 1)
+        assert store.history.tags(agent.id) == {"early": 1}
+        with store._database.read() as connection:
+            version = connection.exec_driver_sql(f"SELECT version_num FROM {VERSION_TABLE}").scalar_one()
+        assert version == HEAD_REVISION
 
 
 def test_opening_again_changes_nothing(tmp_path: Path) -> None:

@@ -146,7 +146,7 @@ def test_schemas_are_apart_and_the_default_one_is_the_users(postgres_database: s
                 "WHERE table_name LIKE 'mplus%%' GROUP BY table_schema"
             )
             found = dict(connection.exec_driver_sql(query).all())
-        assert found == {"public": 9, 'odd "name': 9, "other": 9}
+        assert found == {"public": 10, 'odd "name': 10, "other": 10}
 
 
 def test_migrations_make_what_the_metadata_says(postgres_database: str) -> None:
