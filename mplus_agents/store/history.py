@@ -186,7 +186,7 @@ class History:
             return to_agent(connection.execute(sa.select(AGENT).where(AGENT.c.id == fork_id)).one())
 
 
-def _copy_window(connection: sa.Connection, waiting: Sequence[Mapping[str, Any]], fork_id: int) -> None:
+def _copy_window(connection: sa.Connection, waiting: Sequence[sa.RowMapping], fork_id: int) -> None:
     """Log what waits in the fork's own log, from its number 0."""
     if not waiting:
         return

@@ -16,7 +16,7 @@ from unittest import mock
 
 import torch
 
-from mplus_agents import Agent, MPlus
+from mplus_agents import Agent, MemoryView, MPlus
 from mplus_agents.engine import AgentStats, Message, TokenInfo
 from mplus_agents.engine.prompts import write_turn
 from mplus_agents.engine.text import TextCodec
@@ -90,7 +90,7 @@ class State:
     version: int
 
 
-def logits_bytes(agent: Agent, text: str = PROBE) -> bytes:
+def logits_bytes(agent: Agent | MemoryView, text: str = PROBE) -> bytes:
     return agent.logits(text).contiguous().numpy().tobytes()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -33,9 +34,9 @@ def grown(mplus: MPlus, name: str = "a", num_turns: int = 12) -> Agent:
 
 
 @pytest.fixture
-def mplus(tmp_path: Path) -> MPlus:  # type: ignore[misc]
+def mplus(tmp_path: Path) -> Iterator[MPlus]:
     with engine(tmp_path / "a.db", small()) as opened:
-        yield opened  # type: ignore[misc]
+        yield opened
 
 
 def test_every_commit_can_be_read_as_it_was(mplus: MPlus) -> None:
@@ -50,7 +51,7 @@ def test_every_commit_can_be_read_as_it_was(mplus: MPlus) -> None:
     assert [item.commit_id for item in agent.history()] == sorted(seen, reverse=True)
     for commit_id, (logits, tokens) in seen.items():
         view = agent.at(commit_id)
-        assert (logits_bytes(view), view.logits("Maya", long_term="random", seed=5).numpy().tobytes()) == logits  # type: ignore[arg-type]
+        assert (logits_bytes(view), view.logits("Maya", long_term="random", seed=5).numpy().tobytes()) == logits
         assert view.tokens() == tokens
         assert (view.window, view.window_text, view.commit_id) == ([], "", commit_id)
     first = agent.at(min(seen))
@@ -150,7 +151,7 @@ def test_tags_are_names_of_commits(mplus: MPlus) -> None:
     agent.tag("late")
     agent.tag("also early", "early")
     assert agent.tags["early"] == agent.tags["also early"] < agent.tags["late"]
-    assert logits_bytes(agent.at("early")) == expected != logits_bytes(agent)  # type: ignore[arg-type]
+    assert logits_bytes(agent.at("early")) == expected != logits_bytes(agent)
     assert agent.history(limit=1)[0].tags == ("late",)
     behind = agent.diff("early")
     assert behind.only_there == ()

@@ -20,7 +20,7 @@ from tests.store.samples import create, give_up, grow
 pytestmark = pytest.mark.timeout(60)
 
 
-def while_writing(store: Store, agent: AgentRecord, other: Callable[[], None]) -> None:
+def while_writing(store: Store, agent: AgentRecord, other: Callable[[], object]) -> None:
     """Run something in another thread while this one holds a write transaction on an agent."""
     with ThreadPoolExecutor(1) as pool, store.write(agent) as tx:
         tx.add_event("message", text="first")
@@ -30,7 +30,7 @@ def while_writing(store: Store, agent: AgentRecord, other: Callable[[], None]) -
 def test_writers_of_different_agents_do_not_wait(postgres_place: Place) -> None:
     with postgres_place.open(busy_timeout_s=0.3) as store:
         alice, bob = create(store), create(store, "bob")
-        while_writing(store, alice, lambda: grow(store, bob, range(1)) and None)
+        while_writing(store, alice, lambda: grow(store, bob, range(1)))
         assert [store.agent_version(agent.id) for agent in (alice, bob)] == [1, 1]
 
 
@@ -114,7 +114,7 @@ def test_a_callers_engine_gets_whole_transactions_and_keeps_its_settings(
 ) -> None:
     url = sa.make_url(postgres_place.url).set(drivername="postgresql+psycopg")
     options = {} if isolation_level is None else {"isolation_level": isolation_level}
-    engine = sa.create_engine(url, pool_size=1, max_overflow=0, **options)  # type: ignore[call-overload]
+    engine = sa.create_engine(url, pool_size=1, max_overflow=0, **options)
     expected = {None: "read committed", "AUTOCOMMIT": "read committed", "SERIALIZABLE": "serializable"}
     store = Store(engine, schema=postgres_place.schema)
     agent = create(store)
@@ -145,7 +145,7 @@ def test_schemas_are_apart_and_the_default_one_is_the_users(postgres_database: s
                 "SELECT table_schema, count(*) FROM information_schema.tables "
                 "WHERE table_name LIKE 'mplus%%' GROUP BY table_schema"
             )
-            found = dict(connection.exec_driver_sql(query).all())
+            found: dict[str, int] = dict(connection.exec_driver_sql(query).all())
         assert found == {"public": 10, 'odd "name': 10, "other": 10}
 
 
