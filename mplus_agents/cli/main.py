@@ -13,6 +13,7 @@ from mplus_agents import __version__
 from mplus_agents.cli.agents import agents
 from mplus_agents.cli.ask import ask
 from mplus_agents.cli.chat import chat
+from mplus_agents.cli.copy import copy
 from mplus_agents.cli.delete import delete
 from mplus_agents.cli.evaluate import evaluate
 from mplus_agents.cli.history import fork, log, tag
@@ -22,7 +23,7 @@ from mplus_agents.cli.stats import stats
 from mplus_agents.cli.train import train
 from mplus_agents.errors import MPlusError
 
-_COMMANDS = (chat, read, ask, agents, stats, log, tag, fork, delete, train)
+_COMMANDS = (chat, read, ask, agents, stats, log, tag, fork, copy, delete, train)
 
 
 class _OneLineErrors(TyperGroup):

@@ -36,7 +36,7 @@ def test_version(mplus: Run) -> None:
     assert result.stdout == f"mplus {__version__}\n"
 
 
-@pytest.mark.parametrize("command", ["chat", "read", "ask", "agents", "stats", "log", "tag", "fork", "delete"])
+@pytest.mark.parametrize("command", ["chat", "read", "ask", "agents", "stats", "log", "tag", "fork", "copy", "delete"])
 def test_help_has_an_example_and_says_what_happens_to_the_memory(mplus: Run, command: str) -> None:
     result = mplus(command, "--help")
     assert result.exit_code == 0

@@ -70,3 +70,20 @@ def test_what_there_is_not(mplus: Run, book: Path) -> None:
         refused = mplus(*arguments, "--agent", "alice")
         assert refused.exit_code == 1
         assert "; allowed: " in refused.stderr
+
+
+def test_a_copy_answers_in_its_own_file(mplus: Run, tmp_path: Path) -> None:
+    path = tmp_path / "note.txt"
+    path.write_text("Maya lives in Oslo. The dog of Maya is called Bako.", encoding="utf-8")
+    mplus("read", str(path), "--agent", "alice")
+    copied = mplus("copy", "sqlite:///alice.db", "--agent", "alice", "--name", "again", "--json")
+    assert json.loads(copied.stdout) == {
+        "agent": "again",
+        "store": "sqlite:///alice.db",
+        "num_commits": 0,
+        "num_events": 1,
+    }
+    answer = mplus("ask", "Where does Maya live?", "--agent", "again", "--store", "sqlite:///alice.db")
+    assert answer.stdout == "The home of Maya is Oslo.\n"
+    again = mplus("copy", "sqlite:///alice.db", "--agent", "alice", "--name", "again")
+    assert (again.exit_code, "agent 'again' exists already" in again.stderr) == (1, True)

@@ -79,3 +79,24 @@ def test_an_agent_of_a_killed_process_goes_on(postgres_url: str, schema: str) ->
         agent = mplus.agent("a", create=False)
         agent.remember(BOOK, source_id="book")
         check_documents(agent, {"book": BOOK})
+
+
+def test_an_agent_moves_from_one_to_the_other(tmp_path: Path, postgres_url: str, schema: str) -> None:
+    with (
+        engine(tmp_path / "a.db", small()) as here,
+        engine(postgres_url, small(), schema=schema) as there,
+        engine(tmp_path / "b.db", small()) as back,
+    ):
+        agent = here.agent("a")
+        agent.remember(turn_of(40))
+        agent.remember(BOOK, source_id="book")
+        agent.fork("fork").remember(turn_of(100))
+        for source, target in ((here, there), (there, back)):
+            record = source.store.find_agent("default", "fork")
+            assert record is not None
+            source.store.copy_agent(record, target.store)
+        expected = state_of(here.agent("fork"), is_alone=False)
+        for mplus in (there, back):
+            moved = mplus.agent("fork", create=False)
+            assert state_of(moved, is_alone=False) == expected
+            assert "was read before" in moved.remember(BOOK, source_id="book").note
