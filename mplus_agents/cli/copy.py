@@ -37,13 +37,13 @@ def copy(
       [dim]$[/] mplus copy postgresql://me@host/memories --agent alice --name alice-2
     """
     from mplus_agents.engine.inputs import check_name
-    from mplus_agents.store import Store
+    from mplus_agents.store import Store, copy_agent
 
     new_name = check_name("new name", agent if name is None else name)
     with open_store(store) as source, Store(to) as target:
         record = find_agent(source, namespace, agent)
         with working(f"copying {agent}"):
-            copied = source.copy_agent(record, target, name=new_name)
+            copied = copy_agent(source, record, target, name=new_name)
         stats, url = target.stats(copied.id), target.url
     if as_json:
         counts = {"num_commits": stats.num_commits, "num_events": stats.num_events}

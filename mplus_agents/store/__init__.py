@@ -5,6 +5,7 @@ Imports no model: tensors go in and come out as they are. docs/schema.md describ
 
 from __future__ import annotations
 
+from mplus_agents.store.copying import copy_agent
 from mplus_agents.store.records import (
     AgentRecord,
     Chain,
@@ -39,4 +40,5 @@ __all__ = [
     "StoreStats",
     "StoredInjection",
     "WriteTransaction",
+    "copy_agent",
 ]

@@ -5,18 +5,21 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 from sqlalchemy.exc import IntegrityError
 
-from mplus_agents.errors import ConflictError
+from mplus_agents.errors import AgentNotFoundError, ConflictError
 from mplus_agents.store.blobs import decode_arrays, decode_tensor, decode_text, open_tensor
 from mplus_agents.store.chains import chain_ids, injection_batches
 from mplus_agents.store.deletion import NAMELESS
 from mplus_agents.store.records import AgentRecord
-from mplus_agents.store.rows import MAX_IDS_PER_QUERY, batched, inserted_id, to_agent
+from mplus_agents.store.rows import MAX_IDS_PER_QUERY, batched, inserted_id, to_agent, to_key
 from mplus_agents.store.schema import AGENT, COMMIT, EVENT, HEAD_HIDDEN, INJECTION, PAGE, SOURCE, TAG, WINDOW
+
+if TYPE_CHECKING:
+    from mplus_agents.store.store import Store
 
 __all__ = ["copy_agent"]
 
@@ -26,45 +29,54 @@ OnProgress = Callable[[int, int], None]
 
 
 def copy_agent(
-    source: sa.Connection,
-    target: sa.Connection,
+    source: Store,
     agent: AgentRecord,
+    target: Store,
     *,
-    namespace: bytes,
-    name: bytes,
-    on_progress: OnProgress,
+    namespace: str | None = None,
+    name: str | None = None,
+    on_progress: OnProgress = lambda done, total: None,
 ) -> AgentRecord:
-    """Copy an agent with its memory, log, window, documents and tags, checking every blob on the way.
+    """Copy an agent whole into another database, all or nothing; SQLite and PostgreSQL go either way.
 
     Args:
-        source: In a read transaction.
-        target: In a write transaction of another database.
-        agent: The agent, as the source has it.
-        namespace: Where the copy's name is unique.
-        name: The copy's name.
+        source: The store it is in.
+        agent: The agent.
+        target: The other store; in the same one, `history.fork` makes an agent without copying.
+        namespace: Where the copy's name is unique; the agent's own namespace if None.
+        name: The copy's name; the agent's own if None.
         on_progress: Called with the injections copied and the commits in all.
 
     Returns:
-        The copy.
+        The copy. Its memory, window, log, documents and tags are the agent's, the ids in the database are new.
 
     Raises:
-        ConflictError: If the name is taken.
-        CorruptBlobError: If a blob is altered.
+        InvalidInputError: If a name is not allowed.
+        ConflictError: If the name is taken in the target.
+        AgentNotFoundError: If the agent was deleted.
+        CorruptBlobError: If something of the agent is damaged; nothing is copied then.
         StoreError: If a database fails.
     """
-    taken = ConflictError(f"agent {name.decode()!r} exists already in namespace {namespace.decode()!r}")
-    is_named = sa.and_(AGENT.c.namespace == namespace, AGENT.c.name == name)
-    if target.execute(sa.select(AGENT.c.id).where(is_named)).first():
-        raise taken
-    copy = _Copy(source, target, agent)
-    try:
-        copy_id = copy.create(namespace, name)
-    except IntegrityError as error:  # where several write at once, another one has created it just now
-        raise taken from error
-    copy.log_and_window()
-    copy.commits(on_progress)
-    copy.head_and_tags(copy_id)
-    return to_agent(target.execute(sa.select(AGENT).where(AGENT.c.id == copy_id)).one())
+    namespace = agent.namespace if namespace is None else namespace
+    name = agent.name if name is None else name
+    key = {"namespace": to_key("namespace", namespace), "name": to_key("name", name)}
+    with source.database.read() as read, target.database.write() as written:
+        row = read.execute(sa.select(AGENT).where(AGENT.c.id == agent.id, AGENT.c.namespace != NAMELESS)).first()
+        if row is None:
+            raise AgentNotFoundError(f"agent {agent.name!r} was deleted")
+        taken = ConflictError(f"agent {name!r} exists already in namespace {namespace!r}")
+        is_named = sa.and_(AGENT.c.namespace == key["namespace"], AGENT.c.name == key["name"])
+        if written.execute(sa.select(AGENT.c.id).where(is_named)).first():
+            raise taken
+        copy = _Copy(read, written, to_agent(row))
+        try:
+            copy_id = copy.create(**key)
+        except IntegrityError as error:  # where several write at once, another one has created it just now
+            raise taken from error
+        copy.log_and_window()
+        copy.commits(on_progress)
+        copy.head_and_tags(copy_id)
+        return to_agent(written.execute(sa.select(AGENT).where(AGENT.c.id == copy_id)).one())
 
 
 class _Copy:

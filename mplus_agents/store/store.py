@@ -5,7 +5,7 @@ Knows no model and no rule of memory: what is dropped, evicted or kept in a snap
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from types import TracebackType
@@ -15,11 +15,10 @@ import sqlalchemy as sa
 import torch
 from sqlalchemy.exc import IntegrityError
 
-from mplus_agents.errors import AgentNotFoundError, ConflictError, StoreError
+from mplus_agents.errors import ConflictError, StoreError
 from mplus_agents.store.blobs import decode_tensor
 from mplus_agents.store.chains import check_commits, injection_batches, read_chain, read_infos, read_injections
 from mplus_agents.store.connection import Database
-from mplus_agents.store.copying import copy_agent
 from mplus_agents.store.deletion import NAMELESS, delete_agent
 from mplus_agents.store.history import SELECT_WINDOW, History
 from mplus_agents.store.migrate import upgrade_schema
@@ -89,6 +88,11 @@ class Store:
         except StoreError:
             self._database.close()
             raise
+
+    @property
+    def database(self) -> Database:
+        """The database, for what works on two stores."""
+        return self._database
 
     def close(self) -> None:
         """Refuse further use, and close all connections unless the Engine is the caller's."""
@@ -216,45 +220,6 @@ class Store:
         """
         with self._database.write() as connection:
             delete_agent(connection, agent_id)
-
-    def copy_agent(
-        self,
-        agent: AgentRecord,
-        target: Store,
-        *,
-        namespace: str | None = None,
-        name: str | None = None,
-        on_progress: Callable[[int, int], None] = lambda done, total: None,
-    ) -> AgentRecord:
-        """Copy an agent whole into another database, all or nothing; SQLite and PostgreSQL go either way.
-
-        Args:
-            agent: The agent.
-            target: The other database; in the same one, `history.fork` makes an agent without copying.
-            namespace: Where the copy's name is unique; the agent's own namespace if None.
-            name: The copy's name; the agent's own if None.
-            on_progress: Called with the injections copied and the commits in all.
-
-        Returns:
-            The copy. Its memory, window, log, documents and tags are the agent's, the ids in the database are new.
-
-        Raises:
-            InvalidInputError: If a name is not allowed.
-            ConflictError: If the name is taken in the target.
-            AgentNotFoundError: If the agent was deleted.
-            CorruptBlobError: If something of the agent is damaged; nothing is copied then.
-            StoreError: If a database fails.
-        """
-        key = {
-            "namespace": to_key("namespace", agent.namespace if namespace is None else namespace),
-            "name": to_key("name", agent.name if name is None else name),
-        }
-        with self._database.read() as source, target._database.write() as written:
-            row = source.execute(_SELECT_NAMED, {"namespace": agent.namespace.encode(), "name": agent.name.encode()})
-            current = row.first()
-            if current is None or current.id != agent.id:
-                raise AgentNotFoundError(f"agent {agent.name!r} was deleted")
-            return copy_agent(source, written, to_agent(current), **key, on_progress=on_progress)
 
     @contextmanager
     def write(self, agent: AgentRecord) -> Iterator[WriteTransaction]:

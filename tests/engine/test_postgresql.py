@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mplus_agents.store import Store
+from mplus_agents.store import Store, copy_agent
 from tests.engine.engines import (
     State,
     check_accounts,
@@ -94,7 +94,7 @@ def test_an_agent_moves_from_one_to_the_other(tmp_path: Path, postgres_url: str,
         for source, target in ((here, there), (there, back)):
             record = source.store.find_agent("default", "fork")
             assert record is not None
-            source.store.copy_agent(record, target.store)
+            copy_agent(source.store, record, target.store)
         expected = state_of(here.agent("fork"), is_alone=False)
         for mplus in (there, back):
             moved = mplus.agent("fork", create=False)

@@ -10,7 +10,7 @@ import pytest
 import sqlalchemy as sa
 
 from mplus_agents.errors import AgentNotFoundError, ConflictError, CorruptBlobError, InvalidInputError
-from mplus_agents.store import AgentRecord, Store
+from mplus_agents.store import AgentRecord, Store, copy_agent
 from mplus_agents.store.schema import METADATA
 from tests.store.conftest import Place
 from tests.store.samples import bits, commit, create, grow
@@ -77,7 +77,7 @@ def test_a_copy_has_all_of_the_agent_and_nothing_of_others(places: tuple[Place, 
     with places[0].open() as store, places[1].open() as target:
         agent = lived(store)
         create(target, "bystander")
-        copy = store.copy_agent(agent, target, name="copy", on_progress=lambda done, total: seen.append((done, total)))
+        copy = copy_agent(store, agent, target, name="copy", on_progress=lambda done, total: seen.append((done, total)))
         assert (copy.name, copy.namespace, copy.version) == ("copy", "default", 0)
         assert copy == target.find_agent("default", "copy")
         assert contents(target, copy) == contents(store, agent)
@@ -96,11 +96,11 @@ def test_a_copy_has_all_of_the_agent_and_nothing_of_others(places: tuple[Place, 
 def test_a_copy_of_a_copy_comes_back(store: Store) -> None:
     agent = lived(store)
     with Store("sqlite://") as middle:
-        there = store.copy_agent(agent, middle, namespace="archive")
-        back = middle.copy_agent(there, store, namespace="default", name="back")
+        there = copy_agent(store, agent, middle, namespace="archive")
+        back = copy_agent(middle, there, store, namespace="default", name="back")
     assert contents(store, back) == contents(store, agent)
     with Store("sqlite://") as other:
-        empty = store.copy_agent(create(store, "empty"), other)
+        empty = copy_agent(store, create(store, "empty"), other)
         assert contents(other, empty)["tensors"] == []
 
 
@@ -113,7 +113,7 @@ def test_what_only_a_tag_reaches_is_copied_too(store: Store) -> None:
     found = store.find_agent("default", "alice")
     assert found is not None
     with Store("sqlite://") as target:
-        copy = store.copy_agent(found, target)
+        copy = copy_agent(store, found, target)
         assert target.chain(copy.head_commit_id).num_commits == 1
         assert target.chain(target.history.tags(copy.id)["far"]).num_commits == 3
 
@@ -124,18 +124,18 @@ def test_a_copy_that_cannot_be_made_leaves_nothing(places: tuple[Place, Place]) 
         create(target)
         before = target.list_agents()
         with pytest.raises(ConflictError, match="agent 'alice' exists already in namespace 'default'"):
-            store.copy_agent(agent, target)
+            copy_agent(store, agent, target)
         with pytest.raises(InvalidInputError, match="name is ''"):
-            store.copy_agent(agent, target, name="")
+            copy_agent(store, agent, target, name="")
 
         def break_off(done: int, total: int) -> None:
             raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
-            store.copy_agent(agent, target, name="copy", on_progress=break_off)
+            copy_agent(store, agent, target, name="copy", on_progress=break_off)
         store.delete_agent(agent.id)
         with pytest.raises(AgentNotFoundError, match="agent 'alice' was deleted"):
-            store.copy_agent(agent, target, name="copy")
+            copy_agent(store, agent, target, name="copy")
         assert target.list_agents() == before
         assert target.stats(before[0].id).num_commits == 0
 
@@ -158,13 +158,13 @@ def test_what_is_damaged_is_not_copied(tmp_path: Path, statement: str) -> None:
             assert vandal.execute(statement).rowcount > 0
             vandal.commit()
         with pytest.raises(CorruptBlobError, match="mplus_"):
-            store.copy_agent(agent, target)
+            copy_agent(store, agent, target)
         assert target.list_agents() == []
 
 
 def test_a_copy_in_the_same_database_shares_nothing(store: Store) -> None:
     agent = lived(store)
-    copy = store.copy_agent(agent, store, name="copy")
+    copy = copy_agent(store, agent, store, name="copy")
     assert contents(store, copy) == contents(store, agent)
     ids = [set(store.chain(each.head_commit_id).injection_ids.values()) for each in (agent, copy)]
     assert not ids[0] & ids[1]
