@@ -16,6 +16,7 @@ from mplus_agents.cli.options import (
 )
 from mplus_agents.cli.output import note, print_json, working
 from mplus_agents.cli.session import find_agent, open_store
+from mplus_agents.errors import InvalidInputError
 
 
 def copy(
@@ -40,11 +41,15 @@ def copy(
     from mplus_agents.store import Store, copy_agent
 
     new_name = check_name("new name", agent if name is None else name)
-    with open_store(store) as source, Store(to) as target:
-        record = find_agent(source, namespace, agent)
-        with working(f"copying {agent}"):
+    with open_store(store) as source:
+        record = find_agent(source, namespace, agent)  # before a database is made for it
+        try:
+            target = Store(to)
+        except InvalidInputError as error:
+            raise InvalidInputError("URL", error.value, error.allowed) from error
+        with target, working(f"copying {agent}"):
             copied = copy_agent(source, record, target, name=new_name)
-        stats, url = target.stats(copied.id), target.url
+            stats, url = target.stats(copied.id), target.url
     if as_json:
         counts = {"num_commits": stats.num_commits, "num_events": stats.num_events}
         print_json({"agent": new_name, "store": url, **counts})

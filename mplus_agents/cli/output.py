@@ -23,6 +23,7 @@ _OPTIONS = {
     "namespace": "--namespace",
     "device": "--device",
     "commit": "COMMIT",
+    "tag": "NAME",
     "target": "--store",
     "max_new_tokens": "--max-new-tokens",
     "source_id": "--source-id",

@@ -94,7 +94,7 @@ def as_commit(given: str) -> int | str:
     Args:
         given: What was given.
     """
-    return int(given) if given.isdecimal() and given.isascii() else given
+    return int(given) if given.isdecimal() and given.isascii() and len(given) < 19 else given
 
 
 def find_agent(store: Store, namespace: str, name: str) -> AgentRecord:

@@ -180,6 +180,7 @@ class Agent(MemoryReader):
 
         Raises:
             InvalidInputError: There is no such commit in the agent's past, and no such tag.
+            AgentNotFoundError: The agent was deleted.
             CorruptBlobError: What is stored is damaged.
             StoreError: The database failed.
         """
@@ -191,11 +192,12 @@ class Agent(MemoryReader):
         """Give a commit a name; a tag that has the name already is moved.
 
         Args:
-            name: 1 to 200 printable characters without `/`.
+            name: 1 to 200 printable characters without `/`, not a number.
             commit: Id of a commit in `history()`, or another tag; the newest commit if None.
 
         Raises:
             InvalidInputError: The name is not allowed, there is no such commit, or nothing was injected yet.
+            AgentNotFoundError: The agent was deleted.
             StoreError: The database failed.
         """
         history, record = self._mplus.store.history, self._record()
@@ -213,6 +215,7 @@ class Agent(MemoryReader):
 
         Raises:
             InvalidInputError: There is no such tag.
+            AgentNotFoundError: The agent was deleted.
             StoreError: The database failed.
         """
         self._mplus.store.history.remove_tag(self._record(), name)
@@ -220,10 +223,10 @@ class Agent(MemoryReader):
     @property
     def tags(self) -> dict[str, int]:
         """The tags, and the commit that each names."""
-        return self._mplus.store.history.tags(self._agent_id)
+        return self._mplus.store.history.tags(self._record().id)
 
     def fork(self, name: str, *, namespace: str | None = None) -> Agent:
-        """Create an agent that begins with this memory, window and documents; nothing of the memory is copied.
+        """Create an agent that begins with this memory, window and documents; no memory token is copied.
 
         What is written to one later is never seen by the other. Both draw alike, so equal texts give equal memories.
         Tags stay with this agent.
@@ -238,6 +241,7 @@ class Agent(MemoryReader):
         Raises:
             InvalidInputError: A name is not allowed.
             ConflictError: There is an agent of that name, or this one was just written to.
+            AgentNotFoundError: The agent was deleted.
             StoreError: The database failed.
         """
         namespace = self.namespace if namespace is None else check_name("namespace", namespace)
@@ -252,6 +256,7 @@ class Agent(MemoryReader):
 
         Raises:
             InvalidInputError: The agent is of another store, or there is no such commit.
+            AgentNotFoundError: One of the two was deleted.
             StoreError: The database failed.
         """
         history, record = self._mplus.store.history, self._record()

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 class MemoryView(MemoryReader):
     """An agent's memory right after a commit, made by `Agent.at`. Its window is empty.
 
+    In `stats()` the entries of the log, and the bytes of texts and of the newest hidden rows, are those of now.
+
     Args:
         mplus: The engine.
         resident: The memory.

@@ -36,6 +36,10 @@ class Backend(Protocol):
         """Let one process at a time, until its write transaction ends, create or upgrade the tables."""
         ...
 
+    def lock_deletions(self, connection: sa.Connection) -> None:
+        """Let one process at a time, until its write transaction ends, delete agents."""
+        ...
+
     def reason(self, error: BaseException | None) -> str:
         """Say what a driver's error means, in one line."""
         ...

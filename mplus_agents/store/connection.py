@@ -96,6 +96,14 @@ class Database:
         """
         self._backend.lock_schema(connection)
 
+    def lock_deletions(self, connection: sa.Connection) -> None:
+        """Let one process at a time, until its write transaction ends, delete agents.
+
+        Args:
+            connection: The connection that `write` gave.
+        """
+        self._backend.lock_deletions(connection)
+
     def close(self) -> None:
         """Refuse further transactions, and close all connections unless the Engine is the caller's."""
         self._is_closed = True
@@ -106,7 +114,7 @@ class Database:
     def _transaction(self, *, is_write: bool) -> Iterator[sa.Connection]:
         if self._is_closed:
             raise StoreError(f"the store is closed ({self.url})")
-        with self._turn or nullcontext(), self._translated_errors():
+        with self._turn or nullcontext(), self.translated_errors():
             # A closed one is what an interrupt has left here.
             if self._shared is not None and not self._shared.closed:
                 yield self._shared
@@ -129,7 +137,7 @@ class Database:
                     self._shared = None
 
     @contextmanager
-    def _translated_errors(self) -> Iterator[None]:
+    def translated_errors(self) -> Iterator[None]:
         """Turn every error of SQLAlchemy and its driver into a StoreError: the only place that does."""
         handled_before = sys.exception()
         try:
@@ -138,11 +146,14 @@ class Database:
             # An interrupt inside SQLAlchemy breaks what it assumes of itself; the caller is to see the interrupt.
             interrupt = _interrupt_behind(error, handled_before)
             if interrupt is not None:
-                raise interrupt from None
+                try:
+                    raise interrupt from None
+                finally:
+                    del interrupt  # it and its traceback would hold each other, and with them what it interrupted
             if not isinstance(error, (SQLAlchemyError, self._engine.dialect.loaded_dbapi.Error)):
                 raise
-            cause = error.orig if isinstance(error, DBAPIError) else error
-            raise StoreError(f"{self._backend.reason(cause)} ({self.url})") from error
+            reason = self._backend.reason(error.orig if isinstance(error, DBAPIError) else error)
+            raise StoreError(f"{reason} ({self.url})") from error
 
 
 def _create_engine(target: str, busy_timeout_s: float) -> sa.Engine:
@@ -165,12 +176,17 @@ def _backend_of(engine: sa.Engine, busy_timeout_s: float, schema: str | None, ur
     if found not in _DRIVERS:
         raise InvalidInputError("target", found, f"an Engine of {' or '.join(_DRIVERS)}")
     if engine.dialect.name == "postgresql":
-        if schema is not None and not 0 < len(schema.encode()) < 64:
-            raise InvalidInputError("schema", schema, "a name of at most 63 bytes")
+        if schema is not None and not _is_schema_name(schema):
+            raise InvalidInputError("schema", schema, "a printable name of 1 to 63 bytes that does not begin with pg_")
         return PostgresqlBackend(busy_timeout_s, schema)
     if schema is not None:
         raise InvalidInputError("schema", schema, "None: SQLite has no schemas; use another file")
     return SqliteBackend(engine, busy_timeout_s, url)
+
+
+def _is_schema_name(name: object) -> bool:
+    is_text = isinstance(name, str) and name.isprintable() and not name.startswith("pg_")
+    return is_text and 0 < len(str(name).encode()) < 64
 
 
 def _interrupt_behind(error: BaseException, until: BaseException | None) -> BaseException | None:

@@ -24,7 +24,7 @@ def delete_agent(connection: sa.Connection, agent_id: int) -> None:
     """Delete an agent, and of its commits those that no other agent's head or tag reaches.
 
     Args:
-        connection: In a write transaction.
+        connection: In a write transaction, deletions locked.
         agent_id: The agent.
 
     Raises:
@@ -45,13 +45,15 @@ def delete_agent(connection: sa.Connection, agent_id: int) -> None:
 
 def _is_needed(connection: sa.Connection, agent_id: int) -> bool:
     """Tell whether another agent builds on a commit of this one."""
+    # One statement, and so one moment: a fork's head that moves meanwhile is seen before or after.
     parent = COMMIT.alias("parent")
-    for of_another, names in ((COMMIT, COMMIT.c.parent_id), (AGENT, AGENT.c.head_commit_id), (TAG, TAG.c.commit_id)):
-        owner = AGENT.c.id if of_another is AGENT else of_another.c.agent_id
-        query = sa.select(names).join_from(of_another, parent, parent.c.id == names)
-        if connection.execute(query.where(parent.c.agent_id == agent_id, owner != agent_id).limit(1)).first():
-            return True
-    return False
+    names = ((COMMIT, COMMIT.c.parent_id), (AGENT, AGENT.c.head_commit_id), (TAG, TAG.c.commit_id))
+    uses = []
+    for table, commit_id in names:
+        owner = table.c.id if table is AGENT else table.c.agent_id
+        used = sa.select(commit_id).join_from(table, parent, parent.c.id == commit_id)
+        uses.append(used.where(parent.c.agent_id == agent_id, owner != agent_id))
+    return connection.execute(sa.union_all(*uses).limit(1)).first() is not None
 
 
 def _sweep(connection: sa.Connection) -> None:

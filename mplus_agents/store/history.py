@@ -12,6 +12,7 @@ from sqlalchemy.exc import IntegrityError
 from mplus_agents.errors import AgentNotFoundError, ConflictError, InvalidInputError
 from mplus_agents.store.chains import chain_ids, read_infos
 from mplus_agents.store.connection import Database
+from mplus_agents.store.deletion import NAMELESS
 from mplus_agents.store.records import AgentRecord, CommitInfo, EventRecord, InjectionInfo
 from mplus_agents.store.rows import MAX_IDS_PER_QUERY, batched, check_int, inserted_id, to_agent, to_event, to_key
 from mplus_agents.store.schema import AGENT, EVENT, HEAD_HIDDEN, SOURCE, TAG, WINDOW
@@ -84,40 +85,46 @@ class History:
         with self._database.read() as connection:
             return _tags_of(connection, agent_id)
 
-    def set_tag(self, agent: AgentRecord, name: str, commit_id: int) -> None:
+    def set_tag(self, agent: AgentRecord, tag: str, commit_id: int) -> None:
         """Give a commit of the agent's past a name; a tag of that name is moved. What has a tag is kept.
 
         Args:
             agent: The agent.
-            name: 1 to 1,000 bytes of UTF-8.
+            tag: 1 to 1,000 bytes of UTF-8, and not a number, which would read as a commit's id.
             commit_id: The commit.
 
         Raises:
             InvalidInputError: If the name is not allowed, or the commit is none of the agent's past.
+            AgentNotFoundError: If the agent was deleted.
             StoreError: If the database fails.
         """
-        key = {"agent_id": agent.id, "name": to_key("name", name)}
+        key = {"agent_id": agent.id, "name": to_key("tag", tag)}
+        if tag.isdecimal():
+            raise InvalidInputError("tag", tag, "a name that is not a number: commits have numbers")
         with self._database.write() as connection:
+            _locked(connection, agent)
             _check_past(connection, agent.id, commit_id)
             connection.execute(sa.delete(TAG).where(TAG.c.agent_id == key["agent_id"], TAG.c.name == key["name"]))
             connection.execute(sa.insert(TAG), {**key, "commit_id": commit_id, "created_at": datetime.now(UTC)})
 
-    def remove_tag(self, agent: AgentRecord, name: str) -> None:
+    def remove_tag(self, agent: AgentRecord, tag: str) -> None:
         """Take a tag away.
 
         Args:
             agent: The agent.
-            name: The tag.
+            tag: The tag.
 
         Raises:
             InvalidInputError: If there is no such tag.
+            AgentNotFoundError: If the agent was deleted.
             StoreError: If the database fails.
         """
-        key = to_key("name", name)
+        key = to_key("tag", tag)
         with self._database.write() as connection:
+            _locked(connection, agent)
             removed = connection.execute(sa.delete(TAG).where(TAG.c.agent_id == agent.id, TAG.c.name == key))
             if removed.rowcount == 0:
-                raise InvalidInputError("name", name, f"a tag of agent {agent.name!r}: {_listed(connection, agent.id)}")
+                raise InvalidInputError("tag", tag, f"a tag of agent {agent.name!r}: {_listed(connection, agent.id)}")
 
     def resolve(self, agent: AgentRecord, commit: int | str) -> int:
         """Find a commit of an agent's past.
@@ -165,9 +172,7 @@ class History:
         key = {"namespace": to_key("namespace", namespace), "name": to_key("name", name)}
         taken = ConflictError(f"agent {name!r} exists already in namespace {namespace!r}")
         with self._database.write() as connection:
-            source = connection.execute(sa.select(AGENT).where(AGENT.c.id == agent.id).with_for_update()).first()
-            if source is None:
-                raise AgentNotFoundError(f"agent {agent.name!r} was deleted")
+            source = _locked(connection, agent)
             if source.version != agent.version:
                 raise ConflictError(f"another writer wrote to agent {agent.name!r}; nothing was forked")
             is_named = sa.and_(AGENT.c.namespace == key["namespace"], AGENT.c.name == key["name"])
@@ -184,6 +189,15 @@ class History:
             for table in (SOURCE, HEAD_HIDDEN):
                 _copy_rows(connection, table, agent.id, fork_id)
             return to_agent(connection.execute(sa.select(AGENT).where(AGENT.c.id == fork_id)).one())
+
+
+def _locked(connection: sa.Connection, agent: AgentRecord) -> sa.Row[*tuple[Any, ...]]:
+    """Lock an agent's row, so that nobody writes to the agent or deletes it meanwhile, and read it."""
+    is_there = sa.and_(AGENT.c.id == agent.id, AGENT.c.namespace != NAMELESS)
+    row = connection.execute(sa.select(AGENT).where(is_there).with_for_update()).first()
+    if row is None:
+        raise AgentNotFoundError(f"agent {agent.name!r} was deleted")
+    return row
 
 
 def _copy_window(connection: sa.Connection, waiting: Sequence[sa.RowMapping], fork_id: int) -> None:

@@ -17,12 +17,10 @@ _REASONS = {
     "08": "the connection to the server is lost",
     "57P0": "the server is shutting down or starting up",
     "25006": "the database is read-only",
-    "28": "the server refused user or password",
-    "3D000": "the database does not exist (`createdb` makes one)",
-    "42501": "no permission; the user needs to create and use tables in the schema",
+    "42501": "no permission; the user needs to create and use tables in the schema, and to create it if there is none",
     "23": "a constraint of the schema does not hold",
 }
-_SCHEMA_LOCK = 0x6D706C7573  # "mplus"; any number that no other application uses
+_LOCK = 0x6D706C7573  # "mplus"; any number that no other application uses
 
 
 def create_postgresql_engine(url: sa.URL) -> sa.Engine:
@@ -58,18 +56,13 @@ class PostgresqlBackend:
     has_one_connection = False
 
     def __init__(self, busy_timeout_s: float, schema: str | None) -> None:
-        # 0 would mean to wait for ever
-        settings = [
-            f"SET LOCAL lock_timeout = {max(1, int(busy_timeout_s * 1000))}",
-            "SET LOCAL synchronous_commit = on",
-        ]
-        if schema is not None:
-            quoted = '"' + schema.replace('"', '""') + '"'
-            self._create_schema = f"CREATE SCHEMA IF NOT EXISTS {quoted}"
-            settings.append(f"SET LOCAL search_path TO {quoted}")
-        else:
-            self._create_schema = ""
-        self._write_settings, self._read_settings = "; ".join(settings), "; ".join(settings[2:])
+        timeout_ms = max(1, int(busy_timeout_s * 1000))  # 0 would mean to wait for ever
+        durable = f"SET LOCAL lock_timeout = {timeout_ms}; SET LOCAL synchronous_commit = on"
+        self._schema = schema
+        # Doubled once for SQL, and once for psycopg, where % is a placeholder.
+        self._quoted = '"' + (schema or "").replace('"', '""').replace("%", "%%") + '"'
+        self._read_settings = "" if schema is None else f"SET LOCAL search_path TO {self._quoted}"
+        self._write_settings = "; ".join(filter(None, (durable, self._read_settings)))
 
     def check_free(self, engine: sa.Engine) -> None:
         """Do nothing: there are as many connections as are needed."""
@@ -102,9 +95,18 @@ class PostgresqlBackend:
         Args:
             connection: In a write transaction.
         """
-        connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_SCHEMA_LOCK)))
-        if self._create_schema:
-            connection.exec_driver_sql(self._create_schema)
+        self.lock_deletions(connection)
+        # Not IF NOT EXISTS, which needs the right to create schemas also where this one is there already.
+        if self._schema is not None and not sa.inspect(connection).has_schema(self._schema):
+            connection.exec_driver_sql(f"CREATE SCHEMA {self._quoted}")
+
+    def lock_deletions(self, connection: sa.Connection) -> None:
+        """Let one process at a time delete agents, so that each sees what the one before left.
+
+        Args:
+            connection: In a write transaction.
+        """
+        connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_LOCK)))
 
     def reason(self, error: BaseException | None) -> str:
         """Say what an error of psycopg means, in one line.

@@ -115,6 +115,9 @@ class SqliteBackend:
     def lock_schema(self, connection: sa.Connection) -> None:
         """Do nothing: a write transaction has the database for itself."""
 
+    def lock_deletions(self, connection: sa.Connection) -> None:
+        """Do nothing: a write transaction has the database for itself."""
+
     def reason(self, error: BaseException | None) -> str:
         """Say what an error of sqlite3 means, in one line.
 

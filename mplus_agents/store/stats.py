@@ -8,6 +8,7 @@ import sqlalchemy as sa
 
 from mplus_agents.errors import AgentNotFoundError
 from mplus_agents.store.chains import chain_ids
+from mplus_agents.store.deletion import NAMELESS
 from mplus_agents.store.records import StoreStats
 from mplus_agents.store.schema import AGENT, COMMIT, EVENT, HEAD_HIDDEN, INJECTION, WINDOW
 
@@ -28,7 +29,9 @@ def read_stats(connection: sa.Connection, agent_id: int, commit_id: int | None =
     Raises:
         AgentNotFoundError: If there is no such agent.
     """
-    agent = connection.execute(sa.select(AGENT.c.head_commit_id).where(AGENT.c.id == agent_id)).first()
+    agent = connection.execute(
+        sa.select(AGENT.c.head_commit_id).where(AGENT.c.id == agent_id, AGENT.c.namespace != NAMELESS)
+    ).first()
     if agent is None:
         raise AgentNotFoundError(f"there is no agent with id {agent_id}")
     head = {"commit_id": agent.head_commit_id if commit_id is None else commit_id}

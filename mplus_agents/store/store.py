@@ -219,6 +219,7 @@ class Store:
             StoreError: If the database fails.
         """
         with self._database.write() as connection:
+            self._database.lock_deletions(connection)
             delete_agent(connection, agent_id)
 
     @contextmanager

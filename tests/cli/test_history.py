@@ -66,10 +66,18 @@ def test_what_there_is_not(mplus: Run, book: Path) -> None:
     mplus("read", str(book), "--agent", "alice")
     unknown = mplus("log", "--agent", "nobody")
     assert (unknown.exit_code, "there is no agent 'nobody'" in unknown.stderr) == (1, True)
-    for arguments in (("fork", "a/b"), ("tag", "a/b"), ("tag", "x", "--commit", "99")):
+    for arguments in (("fork", "a/b"), ("tag", "a/b"), ("tag", "7"), ("tag", "x", "--commit", "99")):
         refused = mplus(*arguments, "--agent", "alice")
         assert refused.exit_code == 1
         assert "; allowed: " in refused.stderr
+
+
+def test_a_copy_of_nobody_makes_no_database(mplus: Run, book: Path, tmp_path: Path) -> None:
+    mplus("read", str(book), "--agent", "alice")
+    assert mplus("copy", "sqlite:///new.db", "--agent", "nobody").exit_code == 1
+    assert not (tmp_path / "new.db").exists()
+    refused = mplus("copy", "nosuch://x", "--agent", "alice")
+    assert "mplus: error: URL is 'nosuch://x'; allowed: an SQLAlchemy Engine, or a URL" in refused.stderr
 
 
 def test_a_copy_answers_in_its_own_file(mplus: Run, tmp_path: Path) -> None:

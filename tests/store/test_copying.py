@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
-from mplus_agents.errors import AgentNotFoundError, ConflictError, CorruptBlobError, InvalidInputError
+from mplus_agents.errors import AgentNotFoundError, ConflictError, CorruptBlobError, InvalidInputError, StoreError
 from mplus_agents.store import AgentRecord, Store, copy_agent
 from mplus_agents.store.schema import METADATA
 from tests.store.conftest import Place
@@ -149,6 +149,7 @@ def test_a_copy_that_cannot_be_made_leaves_nothing(places: tuple[Place, Place]) 
         "UPDATE mplus_commit SET dropped = x'00' WHERE id = 4",
         "UPDATE mplus_commit SET snapshot = x'00' WHERE step = 5",
         "UPDATE mplus_head_hidden SET blob = x'00'",
+        "DELETE FROM mplus_page WHERE injection_id = 2",
     ],
 )
 def test_what_is_damaged_is_not_copied(tmp_path: Path, statement: str) -> None:
@@ -158,6 +159,22 @@ def test_what_is_damaged_is_not_copied(tmp_path: Path, statement: str) -> None:
             assert vandal.execute(statement).rowcount > 0
             vandal.commit()
         with pytest.raises(CorruptBlobError, match="mplus_"):
+            copy_agent(store, agent, target)
+        assert target.list_agents() == []
+
+
+def test_errors_name_the_database_that_has_them(tmp_path: Path) -> None:
+    with Store(f"sqlite:///{tmp_path}/a.db") as store, Store("sqlite://") as target:
+        agent = lived(store)
+        with closing(sqlite3.connect(tmp_path / "a.db")) as vandal:
+            vandal.execute("UPDATE mplus_commit SET parent_id = NULL WHERE step = 3")
+            vandal.commit()
+        with pytest.raises(StoreError, match=r"the chain of commit .* breaks off"):
+            copy_agent(store, agent, target)
+        with closing(sqlite3.connect(tmp_path / "a.db")) as vandal:
+            vandal.execute("DROP TABLE mplus_tag")
+            vandal.commit()
+        with pytest.raises(StoreError, match=r"no such table: mplus_tag \(sqlite:///.*a\.db\)"):
             copy_agent(store, agent, target)
         assert target.list_agents() == []
 

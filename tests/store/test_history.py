@@ -74,7 +74,10 @@ def test_tags_name_commits_of_the_agents_own_past(store: Store) -> None:
     with pytest.raises(InvalidInputError, match=r"commit is 'no'; .* a tag of agent 'alice': 'late', 'β"):
         store.history.resolve(alice, "no")
     store.history.remove_tag(alice, "late")
-    with pytest.raises(InvalidInputError, match="name is 'late'; allowed: a tag of agent 'alice'"):
+    for number in ("7", "2024"):
+        with pytest.raises(InvalidInputError, match=f"tag is '{number}'; allowed: a name that is not a number"):
+            store.history.set_tag(alice, number, 1)
+    with pytest.raises(InvalidInputError, match="tag is 'late'; allowed: a tag of agent 'alice'"):
         store.history.remove_tag(alice, "late")
     assert store.history.tags(alice.id) == {"β\x00": 1}
 
@@ -123,9 +126,19 @@ def test_forks_that_cannot_be_made_leave_nothing(store: Store) -> None:
     with pytest.raises(InvalidInputError, match="name is ''"):
         store.history.fork(alice, "default", "")
     assert num_rows(store) == before
+    store.history.fork(alice, "default", "dora")  # so that some of the deleted agent is kept
     store.delete_agent(alice.id)
-    with pytest.raises(AgentNotFoundError, match="agent 'alice' was deleted"):
-        store.history.fork(alice, "default", "carol")
+    before = num_rows(store)
+    for use in (
+        lambda: store.history.fork(alice, "default", "carol"),
+        lambda: store.history.set_tag(alice, "late", 1),
+        lambda: store.history.remove_tag(alice, "late"),
+    ):
+        with pytest.raises(AgentNotFoundError, match="agent 'alice' was deleted"):
+            use()
+    with pytest.raises(AgentNotFoundError, match="there is no agent with id"):
+        store.stats(alice.id)
+    assert num_rows(store) == before
 
 
 def test_a_fork_outlives_what_it_was_made_from(store: Store) -> None:

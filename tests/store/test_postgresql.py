@@ -177,9 +177,45 @@ def test_a_server_that_cannot_be_used_is_one_clear_error(
 def test_a_schema_is_postgresqls_and_has_a_name() -> None:
     with pytest.raises(InvalidInputError, match="schema is 'x'; allowed: None: SQLite has no schemas"):
         Store("sqlite://", schema="x")
-    for name in ("", "é" * 32):
-        with pytest.raises(InvalidInputError, match=r"schema is '.*'; allowed: a name of at most 63 bytes"):
-            Store("postgresql://me:secret@127.0.0.1:1/d", schema=name)
+    for name in ("", "é" * 32, "pg_x", "a\0b", 5):
+        with pytest.raises(InvalidInputError, match=r"schema is .*; allowed: a printable name of 1 to 63 bytes"):
+            Store("postgresql://me:secret@127.0.0.1:1/d", schema=name)  # type: ignore[arg-type]  # wrong on purpose
+
+
+def test_a_schema_that_somebody_else_made_is_enough(postgres_database: str) -> None:
+    url = sa.make_url(postgres_database)
+    server = sa.create_engine(url, isolation_level="AUTOCOMMIT")
+    with server.connect() as connection:
+        connection.exec_driver_sql("DROP ROLE IF EXISTS mplus_guest")
+        connection.exec_driver_sql("CREATE ROLE mplus_guest LOGIN PASSWORD 'guest'")
+        connection.exec_driver_sql('CREATE SCHEMA "made 50%%" AUTHORIZATION mplus_guest')
+    guest = url.set(username="mplus_guest", password="guest").render_as_string(hide_password=False)
+    with Store(guest, schema="made 50%") as store:
+        assert grow(store, create(store), range(1)).version == 1
+    with pytest.raises(StoreError, match=r"no permission; the user needs .* to create it if there is none"):
+        Store(guest, schema="not made")
+    with server.connect() as connection:
+        connection.exec_driver_sql("DROP OWNED BY mplus_guest CASCADE")
+        connection.exec_driver_sql("DROP ROLE mplus_guest")
+    server.dispose()
+
+
+def test_many_that_move_one_tag_all_do(postgres_place: Place) -> None:
+    with postgres_place.open() as store, ThreadPoolExecutor(4) as pool:
+        alice = grow(store, create(store), range(3))
+        list(pool.map(lambda number: store.history.set_tag(alice, "moved", 1 + number % 3), range(40)))
+        assert store.history.tags(alice.id)["moved"] in (1, 2, 3)
+
+
+def test_agents_deleted_together_leave_nothing(postgres_place: Place) -> None:
+    with postgres_place.open() as store, ThreadPoolExecutor(4) as pool:
+        for _ in range(8):
+            alice = grow(store, create(store), range(2))
+            agents = [alice, *(store.history.fork(alice, "default", f"fork {number}") for number in range(3))]
+            list(pool.map(lambda agent: store.delete_agent(agent.id), agents))
+            with store._database.read() as connection:
+                for table in METADATA.tables.values():
+                    assert connection.scalar(sa.select(sa.func.count()).select_from(table)) == 0
 
 
 def test_a_connection_that_the_server_has_closed_is_replaced(postgres_database: str) -> None:
