@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,11 +33,11 @@ class Place:
 @pytest.fixture(scope="session")
 def postgres_tables(postgres_url: str) -> Iterator[Place]:
     """One schema for all tests of a run: emptying tables is faster than making them."""
-    place = Place(postgres_url, "mplus store tests")
+    place = Place(postgres_url, f"mplus store tests {os.getpid()}")
     place.open().close()
     yield place
     with place.open() as store, store._database.write() as connection:
-        connection.exec_driver_sql('DROP SCHEMA "mplus store tests" CASCADE')
+        connection.exec_driver_sql(f'DROP SCHEMA "{place.schema}" CASCADE')
 
 
 @pytest.fixture
@@ -72,11 +73,11 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
 def postgres_database(postgres_url: str) -> Iterator[str]:
     """The URL of a database of its own, for tests of the default schema; dropped after the test."""
     url = sa.make_url(postgres_url).set(drivername="postgresql+psycopg")
-    server = sa.create_engine(url, isolation_level="AUTOCOMMIT")
+    server, name = sa.create_engine(url, isolation_level="AUTOCOMMIT"), f"mplus_test_{os.getpid()}"
     with server.connect() as connection:
-        connection.exec_driver_sql("DROP DATABASE IF EXISTS mplus_test")
-        connection.exec_driver_sql("CREATE DATABASE mplus_test")
-    yield url.set(database="mplus_test").render_as_string(hide_password=False)
+        connection.exec_driver_sql(f"DROP DATABASE IF EXISTS {name}")
+        connection.exec_driver_sql(f"CREATE DATABASE {name}")
+    yield url.set(database=name).render_as_string(hide_password=False)
     with server.connect() as connection:
-        connection.exec_driver_sql("DROP DATABASE mplus_test")
+        connection.exec_driver_sql(f"DROP DATABASE {name}")
     server.dispose()

@@ -127,7 +127,7 @@ def test_odd_characters_in_the_path(tmp_path: Path) -> None:
 
 def test_many_processes_may_create_the_database_at_the_same_time(place: Place) -> None:
     if not place.is_sqlite:
-        place = replace(place, schema="mplus created by many")
+        place = replace(place, schema=f"mplus created by many {os.getpid()}")
     reader, writer = os.pipe()
 
     def open_and_create(index: int) -> None:
@@ -144,7 +144,7 @@ def test_many_processes_may_create_the_database_at_the_same_time(place: Place) -
         assert sorted(agent.name for agent in store.list_agents()) == [f"agent {index}" for index in range(6)]
         if not place.is_sqlite:
             with store._database.write() as connection:
-                connection.exec_driver_sql('DROP SCHEMA "mplus created by many" CASCADE')
+                connection.exec_driver_sql(f'DROP SCHEMA "{place.schema}" CASCADE')
 
 
 def _fork(work: Callable[[], None]) -> int:

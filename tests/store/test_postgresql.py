@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -86,7 +87,8 @@ def test_of_many_that_create_one_agent_one_does(postgres_place: Place) -> None:
 
 def test_a_write_reaches_the_disk_whatever_the_server_is_set_to(postgres_database: str) -> None:
     with Store(postgres_database) as store, store._database.write() as connection:
-        connection.exec_driver_sql("ALTER DATABASE mplus_test SET synchronous_commit = off")
+        name = sa.make_url(postgres_database).database
+        connection.exec_driver_sql(f"ALTER DATABASE {name} SET synchronous_commit = off")
     with Store(postgres_database) as store:
         with store._database.read() as connection:
             assert connection.exec_driver_sql("SHOW synchronous_commit").scalar_one() == "off"
@@ -126,7 +128,7 @@ def test_a_callers_engine_gets_whole_transactions_and_keeps_its_settings(
     with engine.connect() as connection:
         assert connection.exec_driver_sql("SHOW transaction_isolation").scalar_one() == expected[isolation_level]
         assert connection.exec_driver_sql("SHOW transaction_read_only").scalar_one() == "off"
-        assert "mplus store tests" not in connection.exec_driver_sql("SHOW search_path").scalar_one()
+        assert str(postgres_place.schema) not in connection.exec_driver_sql("SHOW search_path").scalar_one()
     engine.dispose()
 
 
@@ -183,20 +185,20 @@ def test_a_schema_is_postgresqls_and_has_a_name() -> None:
 
 
 def test_a_schema_that_somebody_else_made_is_enough(postgres_database: str) -> None:
-    url = sa.make_url(postgres_database)
+    url, role = sa.make_url(postgres_database), f"mplus_guest_{os.getpid()}"
     server = sa.create_engine(url, isolation_level="AUTOCOMMIT")
     with server.connect() as connection:
-        connection.exec_driver_sql("DROP ROLE IF EXISTS mplus_guest")
-        connection.exec_driver_sql("CREATE ROLE mplus_guest LOGIN PASSWORD 'guest'")
-        connection.exec_driver_sql('CREATE SCHEMA "made 50%%" AUTHORIZATION mplus_guest')
-    guest = url.set(username="mplus_guest", password="guest").render_as_string(hide_password=False)
+        connection.exec_driver_sql(f"DROP ROLE IF EXISTS {role}")
+        connection.exec_driver_sql(f"CREATE ROLE {role} LOGIN PASSWORD 'guest'")
+        connection.exec_driver_sql(f'CREATE SCHEMA "made 50%%" AUTHORIZATION {role}')
+    guest = url.set(username=role, password="guest").render_as_string(hide_password=False)
     with Store(guest, schema="made 50%") as store:
         assert grow(store, create(store), range(1)).version == 1
     with pytest.raises(StoreError, match=r"no permission; the user needs .* to create it if there is none"):
         Store(guest, schema="not made")
     with server.connect() as connection:
-        connection.exec_driver_sql("DROP OWNED BY mplus_guest CASCADE")
-        connection.exec_driver_sql("DROP ROLE mplus_guest")
+        connection.exec_driver_sql(f"DROP OWNED BY {role} CASCADE")
+        connection.exec_driver_sql(f"DROP ROLE {role}")
     server.dispose()
 
 
@@ -225,7 +227,7 @@ def test_a_connection_that_the_server_has_closed_is_replaced(postgres_database: 
         with server.connect() as connection:
             query = (
                 "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
-                "WHERE datname = 'mplus_test' AND pid <> pg_backend_pid()"
+                "WHERE datname = current_database() AND pid <> pg_backend_pid()"
             )
             assert connection.exec_driver_sql(query).scalars().all() == [True]
         server.dispose()
