@@ -5,6 +5,7 @@ CONSTRAINTS ?= constraints.txt
 EXTRAS ?= langchain,dev
 PIP_FLAGS ?=
 ARGS ?=
+WORKERS ?= auto --maxprocesses 4
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -22,6 +23,7 @@ help: ## List these targets
 	@echo "  CONSTRAINTS  file of versions to install (constraints.txt); empty: the newest that pyproject.toml allows"
 	@echo "  EXTRAS       extras to install ($(EXTRAS))"
 	@echo "  PIP_FLAGS    more flags for pip, such as an extra index with another PyTorch build"
+	@echo "  WORKERS      processes that run tests side by side ($(WORKERS)); 0 for none but pytest's own"
 	@echo "  ARGS         more arguments for pytest, such as ARGS='-k retrieval'"
 	@echo
 	@echo "torch is whatever build pip finds; PyPI's one for Linux runs on CUDA GPUs. For PyTorch's CPU build or"
@@ -41,10 +43,10 @@ demo: venv ## Run the examples: the main job in two processes, a conversation, a
 	$(BIN)/python examples/lifelong_agent.py
 
 test: venv ## Run the tests, but for the slow ones and those for a GPU
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 test-all: venv ## Run every test, slow and GPU ones too
-	$(BIN)/python -m pytest -m "not packaging" $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not packaging" $(ARGS)
 
 check: venv ## Look for lint, formatting, type and layering errors
 	$(BIN)/ruff check .

@@ -14,7 +14,16 @@ from mplus_agents.store.chains import chain_ids, read_infos
 from mplus_agents.store.connection import Database
 from mplus_agents.store.deletion import NAMELESS
 from mplus_agents.store.records import AgentRecord, CommitInfo, EventRecord, InjectionInfo
-from mplus_agents.store.rows import MAX_IDS_PER_QUERY, batched, check_int, inserted_id, to_agent, to_event, to_key
+from mplus_agents.store.rows import (
+    MAX_IDS_PER_QUERY,
+    batched,
+    check_int,
+    from_key,
+    inserted_id,
+    to_agent,
+    to_event,
+    to_key,
+)
 from mplus_agents.store.schema import AGENT, EVENT, HEAD_HIDDEN, SOURCE, TAG, WINDOW
 
 __all__ = ["SELECT_WINDOW", "History"]
@@ -229,7 +238,7 @@ def _check_past(connection: sa.Connection, agent_id: int, commit_id: int) -> int
 
 def _tags_of(connection: sa.Connection, agent_id: int) -> dict[str, int]:
     rows = connection.execute(_SELECT_TAGS, {"agent_id": agent_id}).all()
-    return dict(sorted((bytes(row.name).decode(), row.commit_id) for row in rows))
+    return dict(sorted((from_key(row.name, f"mplus_tag(agent {agent_id}).name"), row.commit_id) for row in rows))
 
 
 def _listed(connection: sa.Connection, agent_id: int) -> str:

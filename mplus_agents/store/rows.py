@@ -17,6 +17,7 @@ __all__ = [
     "MAX_IDS_PER_QUERY",
     "batched",
     "check_int",
+    "from_key",
     "inserted_id",
     "to_agent",
     "to_event",
@@ -142,8 +143,8 @@ def to_agent(row: sa.Row[*tuple[Any, ...]]) -> AgentRecord:
     what = f"mplus_agent(id {row.id})"
     return AgentRecord(
         id=row.id,
-        namespace=_from_key(row.namespace, f"{what}.namespace"),
-        name=_from_key(row.name, f"{what}.name"),
+        namespace=from_key(row.namespace, f"{what}.namespace"),
+        name=from_key(row.name, f"{what}.name"),
         fingerprint=_from_json(row.fingerprint, dict, f"{what}.fingerprint"),
         seed=row.seed,
         settings=_from_json(row.settings, dict, f"{what}.settings"),
@@ -171,8 +172,8 @@ def to_event(row: sa.Row[*tuple[Any, ...]]) -> EventRecord:
         agent_id=row.agent_id,
         seq=row.seq,
         kind=row.kind,
-        role=None if row.role is None else _from_key(row.role, f"{what}.role"),
-        source_id=None if row.source_id is None else _from_key(row.source_id, f"{what}.source_id"),
+        role=None if row.role is None else from_key(row.role, f"{what}.role"),
+        source_id=None if row.source_id is None else from_key(row.source_id, f"{what}.source_id"),
         offset=row.offset,
         text=None if row.text is None else decode_text(row.text, f"{what}.text"),
         num_tokens=row.num_tokens,
@@ -193,7 +194,7 @@ def to_source(row: sa.Row[*tuple[Any, ...]]) -> SourceRecord:
     Raises:
         CorruptBlobError: If the source id does not decode.
     """
-    source_id = _from_key(row.source_id, f"mplus_source(agent {row.agent_id}).source_id")
+    source_id = from_key(row.source_id, f"mplus_source(agent {row.agent_id}).source_id")
     return SourceRecord(row.agent_id, source_id, row.next_offset, row.prefix_digest, row.is_done)
 
 
@@ -213,7 +214,16 @@ def to_info(row: sa.Row[*tuple[Any, ...]]) -> InjectionInfo:
     return InjectionInfo(row.id, row.agent_id, row.num_text_tokens, tuple(event_seqs), row.created_at)
 
 
-def _from_key(value: bytes, what: str) -> str:
+def from_key(value: bytes, what: str) -> str:
+    """Decode what `to_key` encoded.
+
+    Args:
+        value: The bytes.
+        what: Names the row and column, for the error.
+
+    Raises:
+        CorruptBlobError: If it is no UTF-8.
+    """
     try:
         return value.decode("utf-8")
     except (UnicodeDecodeError, AttributeError) as error:

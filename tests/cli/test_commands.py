@@ -129,9 +129,9 @@ def test_one_bad_file_of_two_and_nothing_is_read(
     bad = tmp_path / "bad.txt"
     if content is not None:
         bad.write_bytes(content)
-    result = mplus("read", str(book), str(bad))
+    result = mplus("read", book.name, bad.name)  # in the folder that both are in: a long path would be shortened
     assert result.exit_code == 1
-    assert result.stderr == f"mplus: error: FILE is {str(bad)!r}; allowed: {message}\n"
+    assert result.stderr == f"mplus: error: FILE is 'bad.txt'; allowed: {message}\n"
     assert not (tmp_path / "mplus.db").exists()
 
 

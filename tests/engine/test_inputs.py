@@ -93,7 +93,9 @@ def test_what_cannot_be_remembered_is_named(shared: Agent, kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "memories", [Message("user", "hi"), {"role": "user", "content": "hi"}, ["a", "b"], iter(["a"])], ids=str
+    "memories",
+    [Message("user", "hi"), {"role": "user", "content": "hi"}, ["a", "b"], iter(["a"])],
+    ids=["message", "dict", "list", "iterator"],
 )
 def test_a_source_id_is_for_a_single_document(shared: Agent, memories: object) -> None:
     check_refused(shared, lambda agent: agent.remember(memories, source_id="x"), InvalidInputError, "^source_id is 'x'")

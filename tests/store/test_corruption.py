@@ -25,6 +25,7 @@ _IDENTIFIERS = {
     "mplus_event.role",
     "mplus_event.source_id",
     "mplus_source.source_id",
+    "mplus_tag.name",
 }
 
 
@@ -160,3 +161,15 @@ def test_columns_that_do_not_decode_are_named(database: Path, statement: str, na
         vandal.commit()
     with Store(f"sqlite:///{database}") as store, pytest.raises(CorruptBlobError, match=named):
         store.list_agents()
+
+
+def test_a_tag_that_does_not_decode_is_named(database: Path) -> None:
+    with Store(f"sqlite:///{database}") as store:
+        agent = store.find_agent("default", "alice")
+        assert agent is not None
+        store.history.set_tag(agent, "early", 1)
+        with closing(sqlite3.connect(database)) as vandal:
+            vandal.execute("UPDATE mplus_tag SET name = x'ff'")
+            vandal.commit()
+        with pytest.raises(CorruptBlobError, match=r"mplus_tag\(agent 1\)\.name is no UTF-8"):
+            store.history.tags(agent.id)
