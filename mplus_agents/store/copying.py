@@ -94,6 +94,7 @@ class _Copy:
         self._makers_events: set[tuple[int, int]] = set()
 
     def create(self, namespace: bytes, name: bytes) -> int:
+        """Make the copy's row, without a head yet, and return its id."""
         (row,) = self._read(sa.select(AGENT).where(AGENT.c.id == self._agent.id))
         values = {**row._mapping, "namespace": namespace, "name": name, "head_commit_id": None, "version": 0}
         del values["id"]
@@ -101,6 +102,7 @@ class _Copy:
         return new_id
 
     def log_and_window(self) -> None:
+        """Copy the event log, what waits, and how far documents were read."""
         own, after = sa.select(EVENT).where(EVENT.c.agent_id == self._agent.id).order_by(EVENT.c.seq), -1
         while rows := self._read(own.where(EVENT.c.seq > after).limit(_ROWS_PER_INSERT)):
             self._insert(EVENT, (self._with_agent(row._mapping) for row in rows))
@@ -122,6 +124,7 @@ class _Copy:
             self._insert_commits([row.id for row in batch])
 
     def head_and_tags(self, agent_id: int) -> None:
+        """Copy what names commits, once they are all there."""
         tags = self._read(sa.select(TAG).where(TAG.c.agent_id == self._agent.id))
         self._insert(TAG, (self._with_commit(row._mapping) for row in tags))
         hidden = self._read(sa.select(HEAD_HIDDEN).where(HEAD_HIDDEN.c.agent_id == self._agent.id))
