@@ -95,7 +95,8 @@ def tag(
             return
         commit_id = record.head_commit_id if commit is None else opened.history.resolve(record, as_commit(commit))
         if commit_id is None:
-            raise InvalidInputError("commit", commit, "a commit; the agent has none before its first injection")
+            allowed = "a commit; there is none before the first injection, and what waits in the window is in none"
+            raise InvalidInputError("commit", commit, allowed)
         opened.history.set_tag(record, check_name("tag", name), commit_id)
         note(f"{name} is commit {commit_id} of agent {agent!r}")
 

@@ -202,7 +202,8 @@ class Agent(MemoryReader):
         """
         history, record = self._mplus.store.history, self._record()
         if commit is None and record.head_commit_id is None:
-            raise InvalidInputError("commit", commit, "a commit; the agent has none before its first injection")
+            allowed = "a commit; there is none before the first injection, and what waits in the window is in none"
+            raise InvalidInputError("commit", commit, allowed)
         commit_id = record.head_commit_id if commit is None else history.resolve(record, commit)
         assert commit_id is not None
         history.set_tag(record, check_name("name", name), commit_id)

@@ -142,7 +142,7 @@ def test_a_fork_outlives_the_agent_that_it_was_made_from(tmp_path: Path) -> None
 
 def test_tags_are_names_of_commits(mplus: MPlus) -> None:
     agent = mplus.agent("a")
-    with pytest.raises(InvalidInputError, match="commit is None; allowed: a commit; the agent has none"):
+    with pytest.raises(InvalidInputError, match="commit is None; allowed: a commit; there is none before"):
         agent.tag("early")
     grown(mplus)
     agent.tag("early")
